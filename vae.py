@@ -1,0 +1,464 @@
+"""A variational autoencoder for 4-bit MNIST (Kingma and Welling, 2014, arXiv:1312.6114).
+
+    p(x) = E_{z ~ N(0, I)} [ prod_m Cat(x_m | f(z)_m) ]           784 pixels of 16 values each
+    log p(x) >= E_{z ~ q(z|x)} [ log p(x|z) ] - KL(q(z|x) || N(0, I))         the lower bound
+    q(z|x) = N(mean(x), diag(std(x)^2)),  z = mean + std * noise, so gradients reach the encoder
+
+    python vae.py                        20 latent dimensions, 20 epochs
+    python vae.py --z-dim 2              a latent space that can be looked at
+    python vae.py --schedule constant --lr 1e-3 --batch-size 128 --epochs 80
+                                         the recipe of the assignment
+    python vae.py --resume runs/vae-z20  go on with a run that was stopped
+    python vae.py --eval runs/vae-z20    its test figures and pictures once more
+
+A run leaves a folder in runs/: args.json, metrics.jsonl, last.pt, best.pt, test.json, and as
+pictures the bound by epoch, samples and reconstructions, and the latent space.
+
+"Equation" and "Q" refer to the Deep Learning Practical 3 of the University of Amsterdam (2023).
+B is the batch, D = z_dim the latent dimensions, K = 16 the values of a pixel.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+
+NUM_VALUES = 16  # K: 4-bit pixels
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+
+
+class Encoder(nn.Module):
+    """q(z|x): images [B, 1, 28, 28] of integers 0..15 -> mean and log std, each [B, z_dim].
+
+    The layers are those of Tutorial 9 of the UvA Deep Learning notebooks.
+    """
+
+    def __init__(self, z_dim=20, num_filters=32):
+        super().__init__()
+        c = num_filters
+        self.net = nn.Sequential(
+            nn.Conv2d(1, c, 3, stride=2, padding=1), nn.GELU(),          # 28x28 -> 14x14
+            nn.Conv2d(c, c, 3, padding=1), nn.GELU(),                    # 14x14
+            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.GELU(),      # 14x14 -> 7x7
+            nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.GELU(),            # 7x7
+            nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1), nn.GELU(),  # 7x7 -> 4x4
+            nn.Flatten())                                                # [B, 2c * 16]
+        self.mean = nn.Linear(2 * c * 16, z_dim)
+        self.log_std = nn.Linear(2 * c * 16, z_dim)
+
+    def forward(self, x):
+        h = self.net(x / 7.5 - 1)  # 0..15 -> -1..1
+        mean, log_std = self.mean(h).float(), self.log_std(h).float()
+        # Bounded to -5..5, so that exp never overflows; tanh keeps 0 at 0 and gradients alive.
+        return mean, 5 * torch.tanh(log_std / 5)
+
+
+class Decoder(nn.Module):
+    """p(x|z): latents [B, z_dim] -> logits [B, 16, 28, 28], one categorical for each pixel."""
+
+    def __init__(self, z_dim=20, num_filters=32):
+        super().__init__()
+        c = num_filters
+        up = dict(kernel_size=3, stride=2, padding=1)
+        self.net = nn.Sequential(
+            nn.Linear(z_dim, 2 * c * 16), nn.GELU(),
+            nn.Unflatten(1, (2 * c, 4, 4)),
+            nn.ConvTranspose2d(2 * c, 2 * c, output_padding=0, **up), nn.GELU(),  # 4x4 -> 7x7
+            nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.GELU(),                     # 7x7
+            nn.ConvTranspose2d(2 * c, c, output_padding=1, **up), nn.GELU(),      # 7x7 -> 14x14
+            nn.Conv2d(c, c, 3, padding=1), nn.GELU(),                             # 14x14
+            nn.ConvTranspose2d(c, NUM_VALUES, output_padding=1, **up))            # 14x14 -> 28x28
+
+    def forward(self, z):
+        return self.net(z).float()
+
+
+class VAE(nn.Module):
+    """Encoder, decoder and the lower bound that trains them."""
+
+    def __init__(self, z_dim=20, num_filters=32):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder = Encoder(z_dim, num_filters)
+        self.decoder = Decoder(z_dim, num_filters)
+        for layer in self.modules():
+            if hasattr(layer, "weight"):
+                # Orthogonal weights pass signals on at their size; torch's default shrinks them.
+                nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        """Images [B, 1, 28, 28] of integers 0..15 -> the two losses of Equation 13 as means over
+        the batch, rec and kl (nats per image), and their sum in bits per dimension."""
+        mean, log_std = self.encoder(x)
+        z = sample_reparameterize(mean, log_std.exp())  # [B, D]
+        logits = self.decoder(z)  # [B, K, 28, 28]
+        rec = reconstruction_loss(logits, x).mean()
+        kl = kl_divergence(mean, log_std).mean()
+        return rec, kl, elbo_to_bpd(rec + kl, x.shape)
+
+    @torch.no_grad()
+    def sample(self, n):
+        """Draw n images from p(x). -> integers 0..15, [n, 1, 28, 28]"""
+        # Q1.1: draw z from the prior, decode it, then draw each pixel from its categorical.
+        z = torch.randn(n, self.z_dim, device=next(self.parameters()).device)
+        logits = self.decoder(z)
+        # Adding Gumbel noise makes the argmax an exact draw from softmax(logits).
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        return (logits + gumbel).argmax(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses and estimates
+
+
+def sample_reparameterize(mean, std):
+    """A draw from N(mean, std^2), of their shape, through which gradients reach both."""
+    # Q1.6: the noise is drawn apart from mean and std, so z is a differentiable function of them.
+    return mean + std * torch.randn_like(std)
+
+
+def reconstruction_loss(logits, x):
+    """-log p(x|z): logits [B, K, 28, 28], x [B, 1, 28, 28] -> nats per image [B] (Equation 13)."""
+    # Q1.5: how badly the one z that was drawn reconstructs x.
+    pixels = logits.permute(0, 2, 3, 1).reshape(-1, NUM_VALUES)  # [B * 784, K]
+    loss = F.cross_entropy(pixels, x.reshape(-1).long(), reduction="none")
+    return loss.view(len(x), -1).sum(1)
+
+
+def kl_divergence(mean, log_std):
+    """KL(N(mean, std^2) || N(0, 1)) in nats, summed over the last dimension (Equation 13)."""
+    # Q1.5: regularises, as it grows with what z tells of x beyond the prior.
+    return 0.5 * (torch.exp(2 * log_std) + mean**2 - 1 - 2 * log_std).sum(-1)
+
+
+def elbo_to_bpd(elbo, img_shape):
+    """The negative lower bound in nats per image -> bits per dimension. img_shape: [B, C, H, W]"""
+    return elbo * math.log2(math.e) / math.prod(img_shape[1:])
+
+
+def log_weight(model, x, z, mean, log_std):
+    """log p(x|z) + log p(z) - log q(z|x) in nats, for z drawn from q = N(mean, std^2).
+
+    x [B, 1, 28, 28], the others [B, D] -> [B]. Its mean over z is the lower bound, and the log
+    of the mean of its exp is log p(x) (line 3 of Equation 9).
+    """
+    def log_normal(z, mean, log_std):
+        scaled = (z - mean) / log_std.exp()
+        return (-0.5 * scaled**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    log_prior = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
+    return log_prior - log_normal(z, mean, log_std) - reconstruction_loss(model.decoder(z), x)
+
+
+@torch.no_grad()
+def log_likelihood(model, x, num_samples, proposal="posterior"):
+    """Estimate log p(x) from num_samples draws of z for each image. -> nats per image [B]
+
+    proposal "posterior" draws z from q(z|x): the importance-weighted bound of Burda et al.
+    (2016, arXiv:1509.00519). "prior" draws it from p(z), which makes the weight p(x|z) alone:
+    Equation 8. Memory does not grow with num_samples.
+    """
+    mean, log_std = model.encoder(x)
+    if proposal == "prior":
+        mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)
+    total = torch.full_like(mean[:, 0], -math.inf)  # log of the sum of the weights so far
+    per_pass = max(1, 1000 // len(x))
+    for start in range(0, num_samples, per_pass):
+        draws = min(per_pass, num_samples - start)
+        many_x, many_mean, many_log_std = (
+            t.repeat(draws, *[1] * (t.ndim - 1)) for t in (x, mean, log_std))  # [draws * B, ...]
+        z = sample_reparameterize(many_mean, many_log_std.exp())
+        log_w = log_weight(model, many_x, z, many_mean, many_log_std).view(draws, len(x))
+        total = torch.logaddexp(total, log_w.logsumexp(0))
+    return total - math.log(num_samples)
+
+
+@torch.no_grad()
+def evaluate(model, images):
+    """The two losses over a whole set, each image once and with the same noise every time.
+
+    images [N, 1, 28, 28] -> rec, kl (nats per image), bpd, as Python floats
+    """
+    torch.manual_seed(0)
+    total = sum(torch.stack(model(x)) * len(x) for x in images.split(500))
+    return (total / len(images)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def mean_image(logits):
+    """The mean value of each pixel over 15. logits [B, K, H, W] -> [B, 1, H, W] in [0, 1]"""
+    values = torch.linspace(0, 1, NUM_VALUES, device=logits.device).view(1, -1, 1, 1)
+    return (logits.softmax(1) * values).sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def visualize_manifold(decoder, grid_size=20):
+    """What a decoder of two latent dimensions draws for each point of a grid (Q1.9).
+
+    The points are the percentiles (i + 0.5) / grid_size of the prior, z[0] growing to the right
+    and z[1] upwards. -> one image [grid_size * 28, grid_size * 28] in [0, 1]
+    """
+    device = next(decoder.parameters()).device
+    percentiles = (torch.arange(grid_size, device=device) + 0.5) / grid_size
+    ticks = torch.special.ndtri(percentiles)  # the normal distribution's inverse CDF
+    z1, z0 = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
+    images = mean_image(decoder(torch.stack([z0.flatten(), z1.flatten()], 1)))
+    rows = images.view(grid_size, grid_size, 28, 28).transpose(1, 2)  # [row, y, column, x]
+    return rows.reshape(grid_size * 28, grid_size * 28)
+
+
+@torch.no_grad()
+def draw_pictures(model, images, labels, folder, heading, epoch):
+    """Samples, reconstructions, and the latent space of `images` with their labels."""
+    torch.manual_seed(0)  # the same latents every time, so that epochs can be compared
+    samples = model.sample(64) / 15
+    common.save_image(folder / f"samples_epoch_{epoch:03d}.png", common.tile(samples, 8),
+                      f"{heading}\nsamples after {epoch} epochs")
+
+    first = [(labels == digit).nonzero()[0, 0] for digit in labels.unique()]
+    originals = images[torch.stack(first).to(images.device)]  # one of each digit
+    rebuilt = mean_image(model.decoder(model.encoder(originals)[0]))
+    pairs = torch.cat([originals / 15, rebuilt])
+    common.save_image(folder / "reconstructions.png", common.tile(pairs, len(originals)),
+                      f"{heading}, epoch {epoch}: originals, and below them what the decoder makes "
+                      "of their mean")
+
+    mean, log_std = (t.cpu() for t in model.encoder(images))  # [N, D]
+    if model.z_dim == 2:
+        common.save_image(folder / "manifold.png", visualize_manifold(model.decoder),
+                          f"{heading}: the decoder's mean over the prior's percentiles")
+        figure = common.new_figure(6, 6, f"{heading}: posterior means of {len(images):,} images")
+        axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal")
+        for digit in range(10):
+            axes.scatter(*mean[labels == digit].T, s=3, color=f"C{digit}", label=str(digit))
+        axes.legend(markerscale=4)
+        figure.savefig(folder / "latents.png")
+    else:
+        kl = kl_divergence(mean.unsqueeze(-1), log_std.unsqueeze(-1)).mean(0)  # [D]
+        figure = common.new_figure(7, 4, f"{heading}: KL of each latent dimension")
+        axes = figure.add_subplot(xlabel="latent dimension, sorted", ylabel="nats per image")
+        axes.bar(range(model.z_dim), kl.sort(descending=True).values)
+        figure.savefig(folder / "kl.png")
+
+
+def draw_curves(rows, folder, heading, test_bpd=None):
+    """The bound by epoch, and the test value as a line once it is known (Q1.7)."""
+    curves = {name: [row[f"{name}_bpd"] for row in rows] for name in ("train", "val")}
+    common.save_curves(folder / "bpd.png", f"{heading}: the lower bound", "bits per dimension",
+                       [row["epoch"] for row in rows], curves, {"test": test_bpd})
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def train(model, data, args, run, dtype, heading, state=None):
+    """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
+    device = data.train.device
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, seconds, best, rows = 0, 0.0, math.inf, []
+    sums = torch.zeros(3, device=device)  # of rec, kl and bpd over the epoch's images so far
+    if state:
+        optimizer.load_state_dict(state["optimizer"]["adam"])
+        scaler.load_state_dict(state["scaler"])
+        step, seconds, best, rows = (state[k] for k in ("step", "seconds", "best", "rows"))
+        sums = state["sums"].to(device)
+        common.write_metrics(run, rows)
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    total_steps = args.epochs * steps_per_epoch
+
+    def save_last():
+        common.save_checkpoint(run / "last.pt", {
+            "model": model.state_dict(), "optimizer": {"adam": optimizer.state_dict()},
+            "scaler": scaler.state_dict(), "step": step, "seconds": seconds, "best": best,
+            "rows": rows, "sums": sums, "args": vars(args)})
+
+    def save_best(val):
+        common.save_checkpoint(run / "best.pt", {
+            "model": model.state_dict(), "args": vars(args), "step": step, "val": val})
+
+    if step == 0:
+        rec, kl, bpd = evaluate(model, data.val)
+        print(f"epoch   0/{args.epochs} | before training: val {bpd:.4f} bpd, "
+              f"rec {rec:.1f} kl {kl:.1f}", flush=True)
+        draw_pictures(model, data.val, data.val_labels, run, heading, epoch=0)
+        save_best(bpd)
+        save_last()
+
+    for epoch in range(step // steps_per_epoch + 1, args.epochs + 1):
+        began, first_step = time.perf_counter(), step
+        order = common.epoch_order(len(data.train), args.seed, epoch, device)
+        batches = order.split(args.batch_size)[step % steps_per_epoch:]
+        with common.StopRequest() as stop, tqdm(
+                desc=f"epoch {epoch}/{args.epochs}", total=len(data.train), unit=" img",
+                initial=step % steps_per_epoch * args.batch_size, disable=None, leave=False) as bar:
+            for indices in batches:
+                lr = args.lr
+                if args.schedule == "triangle":  # up in the first tenth, then down to zero
+                    progress = (step + 0.5) / total_steps
+                    lr *= min(progress / 0.1, (1 - progress) / 0.9)
+                optimizer.param_groups[0]["lr"] = lr
+                torch.manual_seed(common.seed_for(args.seed, step))  # of this step's noise
+
+                x = data.train[indices]  # [B, 1, 28, 28]
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    rec, kl, bpd = model(x)
+                scaler.scale(rec + kl).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+
+                sums += torch.stack([rec, kl, bpd]).detach() * len(x)
+                step += 1
+                bar.update(len(x))
+                if step % 50 == 0:  # reading the loss makes the host wait for the device
+                    bar.set_postfix_str(f"bpd {bpd.item():.3f}")
+                    if not math.isfinite(bpd.item()):
+                        raise common.UserError(
+                            f"the loss is not finite at step {step}: try a lower --lr; "
+                            f"the last good model is in {run / 'last.pt'}")
+                if stop.asked:
+                    break
+        train_seconds = time.perf_counter() - began
+        if stop.asked:
+            seconds += train_seconds
+            save_last()
+            print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
+            sys.exit(130)
+
+        train_rec, train_kl, train_bpd = (sums / len(data.train)).tolist()
+        sums.zero_()
+        val_rec, val_kl, val_bpd = evaluate(model, data.val)
+        seconds += time.perf_counter() - began
+        images = (step - first_step) * args.batch_size
+        rows.append({
+            "epoch": epoch, "step": step, "seconds": round(seconds, 2),
+            "images_per_s": round(images / train_seconds),
+            "train_bpd": train_bpd, "val_bpd": val_bpd, "train_rec": train_rec,
+            "train_kl": train_kl, "val_rec": val_rec, "val_kl": val_kl})
+        common.write_metrics(run, rows)
+        if val_bpd < best:
+            best = val_bpd
+            save_best(val_bpd)
+        save_last()
+        print(f"epoch {epoch:3d}/{args.epochs} | train {train_bpd:.4f} | val {val_bpd:.4f} | "
+              f"rec {val_rec:.1f} kl {val_kl:.1f} | {images / train_seconds / 1000:.1f}k img/s | "
+              f"{seconds:.1f} s", flush=True)
+        if epoch in (1, 2, 5, args.epochs) or epoch % 10 == 0:
+            draw_pictures(model, data.val, data.val_labels, run, heading, epoch)
+            draw_curves(rows, run, heading)
+    return rows
+
+
+@torch.no_grad()
+def test(model, data):
+    """The figures of a finished model, the last three on the first 1,000 test images.
+
+    -> dict of floats: nats per image, but for test_bpd
+    """
+    rec, kl, bpd = evaluate(model, data.test)
+    x = data.test[:1000]
+    lower_bound = -sum(evaluate(model, x)[:2])
+    torch.manual_seed(0)
+    importance_weighted = log_likelihood(model, x, 64).mean().item()
+    # Q1.2: hardly any draw from the prior explains x, and ever fewer the more dimensions z has.
+    from_prior = log_likelihood(model, x, 64, "prior").mean().item()
+    print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
+    # Q1.4: a bound below log p(x) by KL(q(z|x) || p(z|x)), which the second estimate narrows.
+    print(f"log p(x) of {len(x):,} test images in nats: {lower_bound:.1f} lower bound | "
+          f"{importance_weighted:.1f} importance-weighted, 64 draws | "
+          f"{from_prior:.1f} with 64 draws from the prior (Equation 8)", flush=True)
+    return {"test_bpd": bpd, "test_rec": rec, "test_kl": kl, "lower_bound": lower_bound,
+            "importance_weighted": importance_weighted, "from_prior": from_prior}
+
+
+def parse_args(argv=None, run_args=None):
+    parser = argparse.ArgumentParser(
+        prog="vae.py", description="Train a variational autoencoder on 4-bit MNIST.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("model")
+    group.add_argument("--z-dim", type=common.integer(1), default=20, help="latent dimensions")
+    group.add_argument("--num-filters", type=common.integer(1), default=32,
+                       help="channels of the first convolution")
+    group = parser.add_argument_group("training")
+    group.add_argument("--dataset", choices=common.DATASETS, help="mnist, and the built-in glyphs "
+                       "where it can be neither found nor downloaded")
+    group.add_argument("--epochs", type=common.integer(1), default=20)
+    group.add_argument("--batch-size", type=common.integer(1), default=64, help="images a step")
+    group.add_argument("--lr", type=common.positive, default=5e-3, help="peak learning rate")
+    group.add_argument("--schedule", choices=["triangle", "constant"], default="triangle",
+                       help="of the learning rate: up in the first tenth of the steps and down "
+                       "to zero in the rest, or constant")
+    common.add_common_arguments(parser)
+    parser.add_argument("--out-dir", metavar="DIR", help="runs/vae-z20 for --z-dim 20, ...")
+    parser.add_argument("--eval", metavar="DIR", help="print the test figures of the run in DIR "
+                        "and draw its pictures, without training")
+    parser.set_defaults(script="vae.py")
+    return common.parse_run_args(parser, argv, run_args)
+
+
+@common.command("vae.py")
+def main(argv=None):
+    args, state = parse_args(argv), None
+    if args.resume or args.eval:
+        run = Path(args.resume or args.eval)
+        state = common.load_checkpoint(run / ("last.pt" if args.resume else "best.pt"), "vae.py")
+        args = parse_args(argv, state["args"])
+    device, dtype = common.pick_device(args.device, not args.no_amp)
+    data = common.load_images(args.dataset, args.data_dir, args.limit, device)
+    # floor(x / 255 * 16), clamped to 15, is x >> 4 for each of the 256 values.
+    data = data._replace(train=data.train >> 4, val=data.val >> 4, test=data.test >> 4)
+
+    torch.manual_seed(args.seed)
+    model = VAE(args.z_dim, args.num_filters)
+    if state:
+        model.load_state_dict(state["model"])
+    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    heading = f"VAE, z {args.z_dim}, {data.name}"
+    print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
+          f"{str(dtype)[6:]}; {len(data.train):,} train, {len(data.val):,} val, {len(data.test):,} "
+          f"test images; {args.epochs} epochs of {steps_per_epoch:,} steps", flush=True)
+
+    stand_in = data.name == "glyphs" and args.dataset is None
+    if not state:
+        suffix = "" if data.name == "mnist" else f"-{data.name}"
+        run = common.new_run_folder(args.out_dir or f"runs/vae-z{args.z_dim}{suffix}")
+        args.dataset = data.name
+        common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
+    if not args.eval:
+        rows = train(model, data, args, run, dtype, heading, state)
+        state = common.load_checkpoint(run / "best.pt", "vae.py")
+        model.load_state_dict(state["model"])
+
+    figures = test(model, data)
+    epoch = state["step"] // steps_per_epoch
+    draw_pictures(model, data.test, data.test_labels, run, heading, epoch)
+    if not args.eval:
+        draw_curves(rows, run, heading, figures["test_bpd"])
+        figures |= {"epoch": epoch, "seconds": rows[-1]["seconds"], "device": str(device),
+                    "torch": torch.__version__}
+        common.write_text(run / "test.json", json.dumps(figures, indent=2) + "\n")
+    if stand_in:
+        print("warning: no MNIST, so all this is of the built-in glyphs", file=sys.stderr)
+    print(run)
+
+
+if __name__ == "__main__":
+    main()
