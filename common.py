@@ -169,6 +169,7 @@ MNIST_MD5 = {
 }
 FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's names
 DATASETS = [*FOLDERS, "glyphs"]
+TIMEOUT = 15  # seconds that a download waits for an answer
 
 
 class Images(NamedTuple):
@@ -237,7 +238,7 @@ def download(folder, data_dir):
     import torchvision
 
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(15)  # seconds without an answer
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
@@ -260,15 +261,17 @@ def draw_glyphs():
     -> images [70000, 1, 28, 28], labels [70000]
     """
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     stamps = []
     fonts = sorted(Path(matplotlib.get_data_path(), "fonts/ttf").glob("DejaVuS*[!y].ttf"))
     for font, digit in itertools.product(fonts, "0123456789"):  # all but the ...Display fonts
         figure = Figure(figsize=(1, 1), dpi=56)
-        figure.text(0.5, 0.5, digit, size=42, font=font, ha="center", va="center")
-        figure.canvas.draw()
-        stamps.append(255 - np.asarray(figure.canvas.buffer_rgba())[..., 0])
+        figure.text(0.5, 0.5, digit, size=62, font=font, ha="center", va="center")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        stamps.append(255 - np.asarray(canvas.buffer_rgba())[..., 0])
     stamps = torch.from_numpy(np.stack(stamps)).float().unsqueeze(1)  # [fonts * 10, 1, 56, 56]
 
     n, generator = 70_000, torch.Generator().manual_seed(0)
@@ -308,7 +311,13 @@ def write_metrics(folder, rows):
 
 
 def save_checkpoint(path, state):
-    """Write `state` (tensors and plain Python values) whole, or leave the old file as it was."""
+    """Write `state` (tensors and plain Python values) whole, or leave the old file as it was.
+
+    Raises UserError for a model that is not finite, and where the file cannot be written.
+    """
+    if not all(weights.isfinite().all() for weights in state["model"].values()):
+        raise UserError(f"the model is not finite after step {state['step']}: try a lower --lr; "
+                        f"{path} keeps the last good one")
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:

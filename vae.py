@@ -235,8 +235,7 @@ def draw_pictures(model, images, labels, folder, heading, epoch):
     rebuilt = mean_image(model.decoder(model.encoder(originals)[0]))
     pairs = torch.cat([originals / 15, rebuilt])
     common.save_image(folder / "reconstructions.png", common.tile(pairs, len(originals)),
-                      f"{heading}, epoch {epoch}: originals, and below them what the decoder makes "
-                      "of their mean")
+                      f"{heading}: originals and reconstructions, epoch {epoch}")
 
     mean, log_std = (t.cpu() for t in model.encoder(images))  # [N, D]
     if model.z_dim == 2:
@@ -244,9 +243,10 @@ def draw_pictures(model, images, labels, folder, heading, epoch):
                           f"{heading}: the decoder's mean over the prior's percentiles")
         figure = common.new_figure(6, 6, f"{heading}: posterior means of {len(images):,} images")
         axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal")
+        axes.set(xlim=(-4, 4), ylim=(-4, 4))
         for digit in range(10):
             axes.scatter(*mean[labels == digit].T, s=3, color=f"C{digit}", label=str(digit))
-        axes.legend(markerscale=4)
+        figure.legend(markerscale=4, loc="outside right center")
         figure.savefig(folder / "latents.png")
     else:
         kl = kl_divergence(mean.unsqueeze(-1), log_std.unsqueeze(-1)).mean(0)  # [D]
@@ -301,13 +301,13 @@ def train(model, data, args, run, dtype, heading, state=None):
         save_best(bpd)
         save_last()
 
-    for epoch in range(step // steps_per_epoch + 1, args.epochs + 1):
-        began, first_step = time.perf_counter(), step
-        order = common.epoch_order(len(data.train), args.seed, epoch, device)
-        batches = order.split(args.batch_size)[step % steps_per_epoch:]
-        with common.StopRequest() as stop, tqdm(
-                desc=f"epoch {epoch}/{args.epochs}", total=len(data.train), unit=" img",
-                initial=step % steps_per_epoch * args.batch_size, disable=None, leave=False) as bar:
+    with common.StopRequest() as stop:
+        for epoch in range(len(rows) + 1, args.epochs + 1):
+            began, images = time.perf_counter(), 0
+            order = common.epoch_order(len(data.train), args.seed, epoch, device)
+            batches = order.split(args.batch_size)[step - (epoch - 1) * steps_per_epoch:]
+            bar = tqdm(desc=f"epoch {epoch}/{args.epochs}", total=sum(map(len, batches)),
+                       unit=" img", disable=None, leave=False)
             for indices in batches:
                 lr = args.lr
                 if args.schedule == "triangle":  # up in the first tenth, then down to zero
@@ -326,43 +326,41 @@ def train(model, data, args, run, dtype, heading, state=None):
 
                 sums += torch.stack([rec, kl, bpd]).detach() * len(x)
                 step += 1
+                images += len(x)
                 bar.update(len(x))
-                if step % 50 == 0:  # reading the loss makes the host wait for the device
+                if step % 50 == 0:  # not each time: to read the loss is to wait for the device
                     bar.set_postfix_str(f"bpd {bpd.item():.3f}")
                     if not math.isfinite(bpd.item()):
-                        raise common.UserError(
-                            f"the loss is not finite at step {step}: try a lower --lr; "
-                            f"the last good model is in {run / 'last.pt'}")
+                        raise common.UserError(f"the loss is not finite at step {step}: try a "
+                                               f"lower --lr; {run}/last.pt is the last good model")
                 if stop.asked:
-                    break
-        train_seconds = time.perf_counter() - began
-        if stop.asked:
-            seconds += train_seconds
-            save_last()
-            print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
-            sys.exit(130)
+                    bar.close()
+                    seconds += time.perf_counter() - began
+                    save_last()
+                    print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
+                    sys.exit(130)
+            bar.close()
+            images_per_s = images / (time.perf_counter() - began)
 
-        train_rec, train_kl, train_bpd = (sums / len(data.train)).tolist()
-        sums.zero_()
-        val_rec, val_kl, val_bpd = evaluate(model, data.val)
-        seconds += time.perf_counter() - began
-        images = (step - first_step) * args.batch_size
-        rows.append({
-            "epoch": epoch, "step": step, "seconds": round(seconds, 2),
-            "images_per_s": round(images / train_seconds),
-            "train_bpd": train_bpd, "val_bpd": val_bpd, "train_rec": train_rec,
-            "train_kl": train_kl, "val_rec": val_rec, "val_kl": val_kl})
-        common.write_metrics(run, rows)
-        if val_bpd < best:
-            best = val_bpd
-            save_best(val_bpd)
-        save_last()
-        print(f"epoch {epoch:3d}/{args.epochs} | train {train_bpd:.4f} | val {val_bpd:.4f} | "
-              f"rec {val_rec:.1f} kl {val_kl:.1f} | {images / train_seconds / 1000:.1f}k img/s | "
-              f"{seconds:.1f} s", flush=True)
-        if epoch in (1, 2, 5, args.epochs) or epoch % 10 == 0:
-            draw_pictures(model, data.val, data.val_labels, run, heading, epoch)
-            draw_curves(rows, run, heading)
+            train_rec, train_kl, train_bpd = (sums / len(data.train)).tolist()
+            sums.zero_()
+            val_rec, val_kl, val_bpd = evaluate(model, data.val)
+            seconds += time.perf_counter() - began
+            rows.append({"epoch": epoch, "step": step, "seconds": round(seconds, 2),
+                         "images_per_s": round(images_per_s), "train_bpd": train_bpd,
+                         "val_bpd": val_bpd, "train_rec": train_rec, "train_kl": train_kl,
+                         "val_rec": val_rec, "val_kl": val_kl})
+            common.write_metrics(run, rows)
+            if val_bpd < best:
+                best = val_bpd
+                save_best(val_bpd)
+            save_last()
+            print(f"epoch {epoch:3d}/{args.epochs} | train {train_bpd:.4f} | val {val_bpd:.4f} | "
+                  f"rec {val_rec:.1f} kl {val_kl:.1f} | {images_per_s / 1000:.2f}k img/s | "
+                  f"{seconds:.1f} s", flush=True)
+            if epoch in (1, 2, 5) or epoch % 10 == 0:
+                draw_pictures(model, data.val, data.val_labels, run, heading, epoch)
+                draw_curves(rows, run, heading)
     return rows
 
 
@@ -430,18 +428,19 @@ def main(argv=None):
     if state:
         model.load_state_dict(state["model"])
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
-    heading = f"VAE, z {args.z_dim}, {data.name}"
-    print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
-          f"{str(dtype)[6:]}; {len(data.train):,} train, {len(data.val):,} val, {len(data.test):,} "
-          f"test images; {args.epochs} epochs of {steps_per_epoch:,} steps", flush=True)
-
     stand_in = data.name == "glyphs" and args.dataset is None
     if not state:
         suffix = "" if data.name == "mnist" else f"-{data.name}"
         run = common.new_run_folder(args.out_dir or f"runs/vae-z{args.z_dim}{suffix}")
         args.dataset = data.name
         common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    heading = f"VAE, z {args.z_dim}, {data.name}"
+    print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
+          f"{str(dtype).removeprefix('torch.')}; {len(data.train):,} train, {len(data.val):,} val, "
+          f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps",
+          flush=True)
+
     if not args.eval:
         rows = train(model, data, args, run, dtype, heading, state)
         state = common.load_checkpoint(run / "best.pt", "vae.py")

@@ -1,0 +1,840 @@
+"""Every test, and the benchmark.
+
+    python test_all.py             all of them, without a network
+    python test_all.py -k resume   those with "resume" in their name
+    python test_all.py --bench     images/s beside the ordinary way of doing the same work
+
+DATA_DIR names a folder with the real MNIST (MNIST/raw/...); without it the tests that need it
+are skipped, and say so.
+"""
+
+import ast
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn as nn
+
+import common
+import vae
+
+HERE = Path(__file__).parent
+DATA_DIR = os.environ.get("DATA_DIR", "")
+needs_mnist = unittest.skipUnless(Path(DATA_DIR, "MNIST/raw").is_dir(),
+                                  "DATA_DIR names no folder with MNIST in it")
+SHORT = ["--dataset", "glyphs", "--limit", "200", "--batch-size", "64"]
+
+
+def run_main(main, *argv):
+    """-> exit status, stdout, stderr of main(argv)"""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in argv]) or 0
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def snapshot(folder):
+    """Every file below `folder` with its content's hash."""
+    return {path: hashlib.md5(path.read_bytes()).hexdigest()
+            for path in Path(folder).rglob("*") if path.is_file()}
+
+
+class TemporaryFolder(unittest.TestCase):
+    """Each test starts in an empty folder of its own, with a small cache of glyphs."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        drawn = mock.patch.object(common, "draw_glyphs", lambda: GLYPHS)
+        drawn.start()
+        self.addCleanup(drawn.stop)
+
+
+DRAW_GLYPHS = common.draw_glyphs
+GLYPHS = DRAW_GLYPHS()
+
+
+def train_quickly(z_dim, steps):
+    """A small VAE that has seen a few thousand glyphs. -> model, test images"""
+    torch.manual_seed(0)
+    images = GLYPHS[0] >> 4
+    model = vae.VAE(z_dim, num_filters=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for x in images[:60_000].split(64)[:steps]:
+        rec, kl, _ = model(x)
+        optimizer.zero_grad()
+        (rec + kl).backward()
+        optimizer.step()
+    return model, images[60_000:]
+
+
+class VAEMathematics(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.model, cls.images = train_quickly(z_dim=20, steps=300)
+        cls.model_1d, _ = train_quickly(z_dim=1, steps=100)
+
+    def test_zero_parameters_give_exactly_4_bits(self):
+        model = vae.VAE()
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        rec, kl, bpd = model(self.images[:64])
+        self.assertAlmostEqual(rec.item(), 784 * math.log(16), delta=1e-3)
+        self.assertEqual(kl.item(), 0)
+        self.assertAlmostEqual(bpd.item(), 4, delta=1e-6)
+
+    def test_untrained_model_is_near_4_bits(self):
+        torch.manual_seed(0)
+        self.assertAlmostEqual(vae.VAE()(self.images[:64])[2].item(), 4, delta=0.2)
+
+    def test_training_beats_the_frequencies_of_pixel_values(self):
+        frequency = torch.bincount(self.images.flatten().long(), minlength=16) / self.images.numel()
+        entropy = -(frequency * frequency.clamp(min=1e-9).log2()).sum().item()
+        self.assertLess(vae.evaluate(self.model, self.images[:500])[2], 0.9 * entropy)
+
+    def test_kl_matches_torch_distributions_and_monte_carlo(self):
+        torch.manual_seed(0)
+        mean, log_std = torch.randn(2, 5, 3).double()
+        q = torch.distributions.Normal(mean, log_std.exp())
+        p = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+        kl = vae.kl_divergence(mean, log_std)
+        torch.testing.assert_close(kl, torch.distributions.kl_divergence(q, p).sum(-1))
+        z = q.sample((200_000,))
+        estimate = (q.log_prob(z) - p.log_prob(z)).sum(-1).mean(0)
+        torch.testing.assert_close(kl, estimate, atol=0.03, rtol=0.01)
+
+    def test_reparameterized_draws_have_the_moments_and_pass_gradients(self):
+        torch.manual_seed(0)
+        mean, std = torch.tensor([1., -2.]), torch.tensor([0.5, 3.])
+        z = vae.sample_reparameterize(mean.expand(100_000, 2), std.expand(100_000, 2))
+        torch.testing.assert_close(z.mean(0), mean, atol=0.05, rtol=0)
+        torch.testing.assert_close(z.std(0), std, atol=0.05, rtol=0)
+        mean, std = mean.requires_grad_(), std.requires_grad_()
+        z = vae.sample_reparameterize(mean, std)
+        z.sum().backward()
+        torch.testing.assert_close(mean.grad, torch.ones(2))
+        torch.testing.assert_close(std.grad, ((z - mean) / std).detach())
+
+    def test_reconstruction_loss_is_the_categorical_log_probability(self):
+        torch.manual_seed(0)
+        logits, x = torch.randn(4, 16, 28, 28), self.images[:4]
+        categorical = torch.distributions.Categorical(logits=logits.movedim(1, -1))
+        expected = -categorical.log_prob(x.squeeze(1)).sum((1, 2))
+        torch.testing.assert_close(vae.reconstruction_loss(logits, x), expected)
+
+    def test_log_weight_matches_torch_distributions(self):
+        torch.manual_seed(0)
+        mean, log_std, z = torch.randn(3, 4, 20)
+        x = self.images[:4]
+        normal = torch.distributions.Normal
+        expected = (normal(0, 1).log_prob(z) - normal(mean, log_std.exp()).log_prob(z)).sum(-1)
+        expected = expected - vae.reconstruction_loss(self.model.decoder(z), x)
+        torch.testing.assert_close(vae.log_weight(self.model, x, z, mean, log_std), expected)
+
+    def test_bits_per_dimension(self):
+        self.assertAlmostEqual(vae.elbo_to_bpd(784 * math.log(2), [64, 1, 28, 28]), 1)
+        nats = torch.tensor(6 * math.log(16))
+        self.assertAlmostEqual(vae.elbo_to_bpd(nats, (9, 1, 2, 3)).item(), 4, delta=1e-6)
+
+    def test_log_std_is_bounded_with_zero_at_zero_and_gradients_alive(self):
+        encoder = vae.Encoder(z_dim=3)
+        nn.init.zeros_(encoder.log_std.weight)
+        for bias, expected in ((0, 0), (1, 1), (100, 5), (-100, -5)):
+            nn.init.constant_(encoder.log_std.bias, bias)
+            log_std = encoder(self.images[:2])[1]
+            self.assertLess((log_std - expected).abs().max().item(), 0.02)
+        nn.init.constant_(encoder.log_std.bias, 15)
+        encoder(self.images[:2])[1].sum().backward()
+        self.assertGreater(encoder.log_std.bias.grad.min().item(), 1e-3)
+
+    def test_shapes(self):
+        for z_dim, num_filters in ((1, 4), (7, 6)):
+            model = vae.VAE(z_dim, num_filters)
+            mean, log_std = model.encoder(self.images[:3])
+            self.assertEqual((mean.shape, log_std.shape), ((3, z_dim), (3, z_dim)))
+            self.assertEqual(model.decoder(mean).shape, (3, 16, 28, 28))
+            self.assertEqual([t.shape for t in model(self.images[:3])], [()] * 3)
+
+    def test_every_parameter_gets_a_gradient(self):
+        model = vae.VAE()
+        rec, kl, _ = model(self.images[:8])
+        (rec + kl).backward()
+        for name, parameter in model.named_parameters():
+            self.assertGreater(parameter.grad.abs().sum().item(), 0, name)
+
+    def test_samples_follow_the_categorical(self):
+        model = vae.VAE(z_dim=2, num_filters=4)
+        for parameter in model.decoder.parameters():
+            nn.init.zeros_(parameter)
+        torch.manual_seed(0)
+        logits = torch.randn(16)
+        model.decoder.net[-1].bias.data = logits  # the same distribution for every pixel
+        samples = model.sample(200)
+        self.assertEqual(samples.shape, (200, 1, 28, 28))
+        frequency = torch.bincount(samples.flatten(), minlength=16) / samples.numel()
+        torch.testing.assert_close(frequency, logits.softmax(0), atol=0.005, rtol=0)
+
+    def test_importance_weights_tighten_the_bound_on_the_same_draws(self):
+        x, num_samples = self.images[:50], 60
+        mean, log_std = self.model.encoder(x)
+        torch.manual_seed(1)
+        z = vae.sample_reparameterize(mean.repeat(20, 1), log_std.exp().repeat(20, 1))
+        with torch.no_grad():
+            log_w = vae.log_weight(self.model, x.repeat(20, 1, 1, 1), z, mean.repeat(20, 1),
+                                   log_std.repeat(20, 1)).view(20, 50)
+        torch.manual_seed(1)
+        tighter = vae.log_likelihood(self.model, x, 20)
+        torch.testing.assert_close(tighter, log_w.logsumexp(0) - math.log(20))
+        self.assertTrue((log_w.mean(0) <= tighter).all())
+        many = vae.log_likelihood(self.model, x, num_samples).mean()
+        self.assertGreater(many.item(), log_w.mean().item())
+
+    def test_both_estimates_equal_the_integral_at_one_dimension(self):
+        x, z = self.images[:4], torch.linspace(-8, 8, 4001).unsqueeze(1)
+        with torch.no_grad():
+            logits = torch.cat([self.model_1d.decoder(part) for part in z.split(500)])
+            prior = -0.5 * z.squeeze(1)**2 - 0.5 * math.log(2 * math.pi)
+            exact = torch.stack([
+                (prior - vae.reconstruction_loss(logits, image.expand(4001, -1, -1, -1)))
+                .logsumexp(0) + math.log(16 / 4000) for image in x])
+        torch.manual_seed(0)
+        for proposal in ("posterior", "prior"):
+            estimate = vae.log_likelihood(self.model_1d, x, 10_000, proposal)
+            self.assertLess(abs((estimate - exact).mean().item()), 0.05, proposal)
+
+    def test_the_prior_is_a_hopeless_proposal_at_twenty_dimensions(self):
+        x = self.images[:50]
+        gap = vae.log_likelihood(self.model, x, 64) - vae.log_likelihood(self.model, x, 64, "prior")
+        self.assertGreater(gap.mean().item(), 30)
+
+    def test_likelihood_is_computed_in_bounded_passes(self):
+        rows = []
+        hook = self.model.decoder.register_forward_hook(lambda *call: rows.append(len(call[2])))
+        self.addCleanup(hook.remove)
+        vae.log_likelihood(self.model, self.images[:3], 1001)
+        self.assertEqual(sum(rows), 3 * 1001)
+        self.assertLessEqual(max(rows), 1000)
+
+    def test_manifold_lays_the_percentiles_out_left_to_right_and_bottom_to_top(self):
+        class Ramp(nn.Module):  # a pixel value that grows with z[0] + 10 z[1]
+            def __init__(self):
+                super().__init__()
+                self.seen, self.unused = None, nn.Parameter(torch.zeros(1))
+
+            def forward(self, z):
+                self.seen = z
+                value = ((z @ torch.tensor([0.2, 2.])) + 7.5).view(-1, 1, 1, 1)
+                return -(torch.arange(16).view(1, 16, 1, 1) - value)**2 * torch.ones(1, 1, 28, 28)
+
+        ramp = Ramp()
+        image = vae.visualize_manifold(ramp, grid_size=20)
+        self.assertEqual(image.shape, (560, 560))
+        self.assertTrue(0 <= image.min() and image.max() <= 1)
+        corners = image[[-1, -1, 0, 0], [0, -1, 0, -1]]  # bottom left and right, then the top's
+        self.assertEqual(corners.argsort().tolist(), [0, 1, 2, 3])
+        percentiles = torch.distributions.Normal(0, 1).cdf(ramp.seen).unique()
+        torch.testing.assert_close(percentiles, (torch.arange(20) + 0.5) / 20, atol=1e-5, rtol=0)
+
+    def test_bfloat16_autocast_changes_the_bound_by_little(self):
+        x = self.images[:200]
+        torch.manual_seed(0)
+        exact = self.model(x)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            fast = self.model(x)
+        for a, b in zip(exact, fast, strict=True):
+            self.assertEqual(b.dtype, torch.float32)
+            torch.testing.assert_close(a, b, rtol=0.01, atol=0)
+
+    def test_networks_and_losses_run_when_pasted_with_torch_alone(self):
+        pasted = paste(HERE / "vae.py", ["VAE", "log_likelihood", "visualize_manifold"])
+        self.assertNotIn("common", pasted)
+        model = pasted["VAE"](z_dim=2, num_filters=4)
+        rec, kl, bpd = model(self.images[:2])
+        (rec + kl).backward()
+        self.assertGreater(bpd.item(), 3)
+        self.assertEqual(pasted["log_likelihood"](model, self.images[:2], 3).shape, (2,))
+        self.assertEqual(pasted["visualize_manifold"](model.decoder, 3).shape, (84, 84))
+
+
+def paste(path, names):
+    """The definitions `names`, and those of the file that they use, run by themselves with
+    nothing of the file but its imports of torch and the standard library. -> their namespace"""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    definitions, imports = {}, []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            definitions[node.targets[0].id] = node
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            if module.split(".")[0] in {"torch", *sys.stdlib_module_names}:
+                imports.append(node)
+    wanted, todo = [], list(names)
+    while todo:
+        if (name := todo.pop()) in definitions and definitions[name] not in wanted:
+            wanted.append(definitions[name])
+            todo += [n.id for n in ast.walk(definitions[name]) if isinstance(n, ast.Name)]
+    body = imports + [node for node in tree.body if node in wanted]
+    namespace = {}
+    exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
+    return namespace
+
+
+class CommonParts(TemporaryFolder):
+    def test_shifting_right_is_the_4_bit_formula(self):
+        x = torch.arange(256)
+        formula = (x.double() / 255 * 16).floor().clamp(max=15)
+        self.assertTrue(torch.equal(x.to(torch.uint8) >> 4, formula.to(torch.uint8)))
+
+    def test_each_epoch_visits_every_image_once_in_an_order_of_its_own(self):
+        orders = [common.epoch_order(500, seed, epoch, "cpu")
+                  for seed, epoch in itertools.product(range(3), range(3))]
+        for order in orders:
+            self.assertEqual(sorted(order.tolist()), list(range(500)))
+        self.assertEqual(len({tuple(order.tolist()) for order in orders}), 9)
+        self.assertTrue(torch.equal(orders[4], common.epoch_order(500, 1, 1, "cpu")))
+
+    def test_seeds_do_not_collide(self):
+        seeds = {common.seed_for(a, b) for a in range(100) for b in range(100)}
+        self.assertEqual(len(seeds), 10_000)
+
+    def test_glyphs_are_the_same_every_time_and_of_all_digits(self):
+        images, labels = GLYPHS
+        self.assertEqual((images.shape, images.dtype), ((70_000, 1, 28, 28), torch.uint8))
+        again = DRAW_GLYPHS()
+        self.assertTrue(torch.equal(images, again[0]) and torch.equal(labels, again[1]))
+        self.assertGreater(torch.bincount(labels).min().item(), 6000)
+        self.assertGreater(images.float().mean().item(), 15)  # ink, and not too much of it
+        self.assertLess(images.float().mean().item(), 90)
+
+    def test_the_split_is_fixed_and_limit_takes_the_first(self):
+        whole = common.load_images("glyphs", "none", None, "cpu")
+        self.assertEqual([len(t) for t in (whole.train, whole.val, whole.test)],
+                         [54_000, 6_000, 10_000])
+        few = common.load_images("glyphs", "none", 100, "cpu")
+        self.assertTrue(torch.equal(few.train, whole.train[:100]))
+        self.assertTrue(torch.equal(few.val, whole.val[:10]))
+        self.assertTrue(torch.equal(few.test_labels, whole.test_labels[:10]))
+        self.assertEqual(len(common.load_images("glyphs", "none", 1, "cpu").val), 1)
+
+    def test_a_full_folder_is_never_written_into(self):
+        names = [common.new_run_folder("runs/a") for _ in range(2)]
+        self.assertEqual(names, [Path("runs/a")] * 2)  # still empty
+        Path("runs/a/file").touch()
+        Path("runs/a-2").touch()
+        self.assertEqual(common.new_run_folder("runs/a"), Path("runs/a-3"))
+
+    def checkpoint(self):
+        return {"model": {"w": torch.arange(1000.)}, "args": {"script": "vae.py"}}
+
+    def test_a_checkpoint_comes_back_as_it_was(self):
+        common.save_checkpoint(Path("a.pt"), self.checkpoint())
+        state = common.load_checkpoint(Path("a.pt"), "vae.py")
+        self.assertTrue(torch.equal(state["model"]["w"], torch.arange(1000.)))
+        self.assertEqual(os.listdir(), ["a.pt"])
+
+    def test_every_damaged_byte_of_the_weights_is_noticed(self):
+        common.save_checkpoint(Path("a.pt"), self.checkpoint())
+        content = Path("a.pt").read_bytes()
+        start = content.index(torch.arange(1000.).numpy().tobytes())
+        for position in range(start, start + 4000, 97):
+            damaged = bytearray(content)
+            damaged[position] ^= 1
+            Path("b.pt").write_bytes(damaged)
+            with self.assertRaisesRegex(common.UserError, "b.pt is damaged"):
+                common.load_checkpoint(Path("b.pt"), "vae.py")
+
+    def test_what_is_no_checkpoint_is_named(self):
+        for content in (b"", b"some text", b"PK\x03\x04" + b"\0" * 100):
+            Path("a.pt").write_bytes(content)
+            with self.assertRaisesRegex(common.UserError, "a.pt is damaged or no checkpoint"):
+                common.load_checkpoint(Path("a.pt"), "vae.py")
+        torch.save({"weights": 1}, "a.pt")
+        with self.assertRaisesRegex(common.UserError, "a.pt is damaged or no checkpoint"):
+            common.load_checkpoint(Path("a.pt"), "vae.py")
+        common.save_checkpoint(Path("a.pt"), self.checkpoint())
+        with self.assertRaisesRegex(common.UserError, "written by vae.py, not by gpt.py"):
+            common.load_checkpoint(Path("a.pt"), "gpt.py")
+
+    def test_a_model_that_is_not_finite_is_not_saved(self):
+        common.save_checkpoint(Path("a.pt"), self.checkpoint())
+        before = snapshot(".")
+        with self.assertRaisesRegex(common.UserError, "not finite"):
+            broken = {"model": {"w": torch.tensor([1, math.nan])}, "step": 7}
+            common.save_checkpoint(Path("a.pt"), broken)
+        self.assertEqual(snapshot("."), before)
+
+    @unittest.skipIf(os.name == "nt", "needs a limit on the size of files")
+    def test_a_full_disk_leaves_the_previous_checkpoint_whole(self):
+        import resource
+
+        common.save_checkpoint(Path("a.pt"), self.checkpoint())
+        before = snapshot(".")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        try:
+            with self.assertRaisesRegex(common.UserError, "a.pt could not be written"):
+                common.save_checkpoint(Path("a.pt"), self.checkpoint())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self.assertEqual(snapshot("."), before)
+
+    def test_tiles_are_laid_row_by_row(self):
+        images = torch.arange(6.).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+        grid = common.tile(images, columns=3)
+        self.assertEqual(grid.shape, (5, 8))
+        self.assertEqual(grid[::3, ::3].tolist(), [[0, 1, 2], [3, 4, 5]])
+
+    def test_no_cuda_no_float16_on_the_cpu(self):
+        device, dtype = common.pick_device("cpu", amp=True)
+        self.assertEqual((device.type, dtype), ("cpu", torch.float32))
+        self.assertEqual((torch.tensor(1e-30) * torch.tensor(1e-10)).item(), 0)  # no denormals
+
+
+class Datasets(TemporaryFolder):
+    """Finding, checking and downloading: against the real files, and a server on localhost."""
+
+    def raw_files(self, corrupt=None, change=lambda content: content):
+        """data/MNIST/raw with links to the real files, the one named `corrupt` changed."""
+        raw = self.folder / "data/MNIST/raw"
+        raw.mkdir(parents=True)
+        for name in common.MNIST_MD5:
+            source = Path(DATA_DIR, "MNIST/raw", name).resolve()
+            if name == corrupt:
+                (raw / name).write_bytes(change(source.read_bytes()))
+            else:
+                (raw / name).symlink_to(source)
+
+    @needs_mnist
+    def test_mnist_is_read_whole(self):
+        data = common.load_images(None, DATA_DIR, None, "cpu")
+        self.assertEqual((data.name, data.train.shape), ("mnist", (54_000, 1, 28, 28)))
+        self.assertEqual(data.test_labels[:5].tolist(), [7, 2, 1, 0, 4])
+        pixels = torch.cat([data.train, data.val])
+        self.assertAlmostEqual(pixels.float().mean().item(), 33.318, places=2)
+
+    @needs_mnist
+    def test_damaged_files_are_an_error_and_never_a_reason_to_fall_back(self):
+        changes = {"truncated": lambda c: c[:-1000], "empty": lambda c: b"",
+                   "zeroed": lambda c: c[:50_000] + bytes(10_000) + c[60_000:]}
+        for name, change in changes.items():
+            with self.subTest(name):
+                self.raw_files("t10k-images-idx3-ubyte", change)
+                status, out, err = run_main(vae.main, "--epochs", 1)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err.splitlines()[-1],
+                                 r"^vae.py: error: .*t10k-images-idx3-ubyte is damaged: delete it")
+                self.assertEqual(os.listdir(), ["data"])
+                shutil.rmtree("data")
+
+    def test_other_datasets_are_checked_by_size_and_header(self):
+        raw = Path("data/FashionMNIST/raw")
+        raw.mkdir(parents=True)
+        for name in common.MNIST_MD5:
+            (raw / name).write_bytes(b"\0\0\x08\x03" + bytes(1000))
+        with self.assertRaisesRegex(common.UserError, "train-images-idx3-ubyte is damaged"):
+            common.load_images("fashion", "data", None, "cpu")
+
+    def serve(self, respond):
+        """A server on localhost for MNIST's files, answered by respond(handler, name)."""
+        import torchvision
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                respond(self, self.path.rsplit("/", 1)[-1])
+
+            def log_message(self, *message):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        mirrors = [f"http://127.0.0.1:{server.server_port}/"]
+        mirror = mock.patch.object(torchvision.datasets.MNIST, "mirrors", mirrors)
+        mirror.start()
+        self.addCleanup(mirror.stop)
+
+    @needs_mnist
+    def test_a_download_is_whole_and_happens_once(self):
+        import torchvision
+
+        packed = {f"{name}.gz": gzip.compress(Path(DATA_DIR, "MNIST/raw", name).read_bytes(), 1)
+                  for name in common.MNIST_MD5}
+        asked = []
+
+        def respond(handler, name):
+            asked.append(name)
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(packed[name])))
+            handler.end_headers()
+            handler.wfile.write(packed[name])
+
+        self.serve(respond)
+        resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+        with mock.patch.object(torchvision.datasets.MNIST, "resources", resources):
+            with contextlib.redirect_stderr(io.StringIO()):
+                first = common.load_images(None, "new/data", None, "cpu")
+        requests = len(asked)
+        again = common.load_images(None, "new/data", None, "cpu")
+        self.assertEqual(len(asked), requests)
+        self.assertEqual(set(asked), set(packed))
+        self.assertTrue(torch.equal(first.train, again.train))
+        self.assertEqual(os.listdir("new/data"), ["MNIST"])
+
+    def test_a_download_that_breaks_off_leaves_nothing_and_is_named(self):
+        def respond(handler, name):
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000000")
+            handler.end_headers()
+            handler.wfile.write(bytes(1000))
+
+        self.serve(respond)
+        status, _, err = run_main(vae.main, "--dataset", "mnist")
+        self.assertEqual(status, 2)
+        self.assertIn("could not be downloaded", err.splitlines()[-1])
+        self.assertIn("run once online, or pass --dataset glyphs", err.splitlines()[-1])
+        self.assertEqual(snapshot("."), {})
+
+    def test_a_server_that_never_answers_is_given_up(self):
+        gone = threading.Event()
+        self.addCleanup(gone.set)
+        self.serve(lambda handler, name: gone.wait(60))
+        with mock.patch.object(common, "TIMEOUT", 0.5):
+            with self.assertRaisesRegex(common.UserError, "could not be downloaded"):
+                common.load_images("mnist", "data", None, "cpu")
+
+    def test_without_network_and_data_the_glyphs_stand_in_and_say_so(self):
+        import torchvision
+
+        with mock.patch.object(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"]):
+            status, out, err = run_main(vae.main, "--z-dim", 2, "--epochs", 1, "--limit", 100)
+        self.assertEqual(status, 0, err)
+        warnings = [line for line in err.splitlines() if line.startswith("warning")]
+        self.assertEqual(len(warnings), 2)
+        self.assertIn("glyphs", warnings[0])
+        self.assertEqual(err.splitlines()[-1], warnings[1])
+        self.assertEqual(out.splitlines()[-1], str(Path("runs/vae-z2-glyphs")))
+        saved = json.loads(Path("runs/vae-z2-glyphs/args.json").read_text())
+        self.assertEqual(saved["dataset"], "glyphs")
+
+
+class CommandLine(TemporaryFolder):
+    def assert_refused(self, *argv, saying=""):
+        before = snapshot(".")
+        status, out, err = run_main(vae.main, *argv)
+        self.assertEqual((status, out), (2, ""), argv)
+        self.assertRegex(err.splitlines()[-1], f"^vae.py: error: .*{saying}")
+        self.assertNotIn("Traceback", err)
+        self.assertEqual(snapshot("."), before)
+
+    def test_bad_values_are_answered_in_one_line(self):
+        Path("a_file").touch()
+        for argv, saying in (
+                (["--z-dim", "0"], "--z-dim: 0 is below 1"),
+                (["--z-dim", "two"], "--z-dim: invalid integer value: 'two'"),
+                (["--epochs", "-1"], "--epochs: -1 is below 1"),
+                (["--lr", "-1"], "--lr: -1 is not a positive number"),
+                (["--lr", "nan"], "--lr: nan is not a positive number"),
+                (["--batch-size", "0"], "--batch-size: 0 is below 1"),
+                (["--seed", "-1"], "--seed: -1 is below 0"),
+                (["--limit", "0"], "--limit: 0 is below 1"),
+                (["--z", "2"], "unrecognized arguments: --z 2"),  # no abbreviations
+                (["--schedule", "cosine"], "invalid choice: 'cosine'"),
+                (["--data-dir", "a_file"], "a_file is not a folder"),
+                ([*SHORT, "--out-dir", "a_file/run"], "a_file")):
+            with self.subTest(" ".join(argv)):
+                self.assert_refused(*argv, saying=saying)
+
+    @unittest.skipIf(torch.cuda.is_available(), "this machine has a GPU")
+    def test_a_device_that_is_not_there(self):
+        self.assert_refused("--device", "cuda", saying="--device cuda: this machine")
+
+    def test_folders_that_cannot_be_resumed(self):
+        Path("empty").mkdir()
+        self.assert_refused("--resume", "empty", saying="last.pt is not there")
+        self.assert_refused("--eval", "nowhere", saying="best.pt is not there")
+        Path("empty/last.pt").write_bytes(b"half a check")
+        self.assert_refused("--resume", "empty", saying="last.pt is damaged")
+        common.save_checkpoint(Path("empty/last.pt"), {"model": {}, "args": {"script": "aae.py"}})
+        self.assert_refused("--resume", "empty", saying="was written by aae.py")
+        for flag in ("--resume", "--eval"):
+            self.assert_refused(flag, "empty", "--z-dim", 20, saying="leave out --z-dim")
+            self.assert_refused(flag, "empty", "--no-amp", saying="leave out --no-amp")
+        self.assert_refused("--eval", "a", "--resume", "a", saying="leave out --")
+
+    def test_a_short_run_leaves_what_the_readme_says_and_evaluates_the_same(self):
+        for z_dim, picture in ((2, "manifold.png latents.png"), (3, "kl.png")):
+            status, out, err = run_main(vae.main, *SHORT, "--z-dim", z_dim, "--epochs", 2)
+            self.assertEqual((status, err), (0, ""))
+            run = Path(f"runs/vae-z{z_dim}-glyphs")
+            self.assertEqual(out.splitlines()[-1], str(run))
+            self.assertEqual(sorted(os.listdir(run)), sorted((
+                "args.json metrics.jsonl last.pt best.pt test.json bpd.png reconstructions.png "
+                "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png " + picture
+            ).split()))
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            self.assertEqual([(row["epoch"], row["step"]) for row in rows], [(1, 4), (2, 8)])
+            self.assertEqual(set(rows[0]), set(
+                "epoch step seconds images_per_s train_bpd val_bpd train_rec train_kl val_rec "
+                "val_kl".split()))
+            self.assertLess(rows[-1]["val_bpd"], 4)
+            test = json.loads((run / "test.json").read_text())
+            best = common.load_checkpoint(run / "best.pt", "vae.py")
+            self.assertEqual(best["val"], min(row["val_bpd"] for row in rows))
+            self.assertEqual((best["step"], test["epoch"]), (8, 2))
+            printed = [line for line in out.splitlines() if line.startswith(("test", "log p"))]
+            (run / "reconstructions.png").unlink()
+            status, out, err = run_main(vae.main, "--eval", run)
+            self.assertEqual((status, err), (0, ""))
+            self.assertEqual(printed, [line for line in out.splitlines()
+                                       if line.startswith(("test", "log p"))])
+            self.assertEqual(json.loads((run / "test.json").read_text()), test)
+            self.assertTrue((run / "reconstructions.png").exists())
+
+    def test_a_second_run_gets_a_folder_of_its_own_and_the_same_weights(self):
+        for name in ("a", "a-2"):
+            run_main(vae.main, *SHORT, "--epochs", 1, "--out-dir", "a")
+            self.assertTrue(Path(name, "test.json").exists())
+        first, second = (common.load_checkpoint(Path(f, "last.pt"), "vae.py") for f in ("a", "a-2"))
+        self.assertEqual(differences(first["model"], second["model"]), [])
+
+    def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(self):
+        status, out, err = run_main(vae.main, *SHORT, "--lr", 1e30, "--schedule", "constant",
+                                    "--epochs", 1, "--out-dir", "a")
+        self.assertEqual(status, 2)
+        self.assertRegex(err.splitlines()[-1], "not finite.*step.*last.pt")
+        last = common.load_checkpoint(Path("a/last.pt"), "vae.py")
+        self.assertEqual(last["step"], 0)
+        self.assertTrue(all(t.isfinite().all() for t in last["model"].values()))
+
+    def test_images_per_step_that_do_not_divide_the_epoch(self):
+        status, _, err = run_main(vae.main, *SHORT[:4], "--batch-size", 130, "--epochs", 1)
+        self.assertEqual(status, 0, err)
+        row = json.loads(Path("runs/vae-z20-glyphs/metrics.jsonl").read_text())
+        self.assertEqual(row["step"], 2)
+
+
+def differences(a, b):
+    """The names of the tensors of two state dicts that are not the same bit for bit."""
+    return [name for name in a | b if not torch.equal(a[name], b[name])]
+
+
+class Resuming(TemporaryFolder):
+    """Real processes, really killed."""
+
+    def start(self, *argv):
+        return subprocess.Popen([sys.executable, HERE / "vae.py", *map(str, argv)],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    ARGV = ["--dataset", "glyphs", "--limit", 3000, "--batch-size", 20, "--epochs", 3,
+            "--num-filters", 8]
+
+    def test_killed_at_five_random_instants_and_resumed_ends_bit_for_bit_the_same(self):
+        run_main(vae.main, *self.ARGV, "--out-dir", "whole")
+        instants = random.Random(0)
+        arguments = [*self.ARGV, "--out-dir", "killed"]
+        for _ in range(5):
+            process = self.start(*arguments)
+            while not Path("killed/last.pt").exists():
+                time.sleep(0.01)
+            if arguments[0] == "--resume":
+                process.stdout.readline()  # it has loaded, and begins
+            time.sleep(instants.uniform(0, 1))
+            process.kill()
+            process.communicate()
+            self.assertEqual(process.returncode, -signal.SIGKILL, "it had ended already")
+            arguments = ["--resume", "killed"]
+        status, _, err = run_main(vae.main, "--resume", "killed")
+        self.assertEqual(status, 0, err)
+        whole, killed = (common.load_checkpoint(Path(run, "last.pt"), "vae.py")
+                         for run in ("whole", "killed"))
+        self.assertEqual(whole["step"], killed["step"])
+        self.assertEqual(differences(whole["model"], killed["model"]), [])
+        for i, moments in whole["optimizer"]["adam"]["state"].items():
+            self.assertEqual(differences(moments, killed["optimizer"]["adam"]["state"][i]), [])
+        for run in ("whole", "killed"):
+            text = Path(run, "metrics.jsonl").read_text()
+            rows = [json.loads(line) for line in text.splitlines()]
+            self.assertEqual([row["epoch"] for row in rows], [1, 2, 3])
+        whole, killed = (json.loads(Path(run, "test.json").read_text())
+                         for run in ("whole", "killed"))
+        self.assertEqual(whole["test_bpd"], killed["test_bpd"])
+
+    @unittest.skipIf(os.name == "nt", "sends a POSIX signal")
+    def test_ctrl_c_saves_within_the_epoch_and_the_run_goes_on_from_there(self):
+        run_main(vae.main, *self.ARGV, "--out-dir", "whole")
+        process = self.start(*self.ARGV, "--out-dir", "stopped")
+        while not Path("stopped/samples_epoch_001.png").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        self.assertEqual(process.returncode, 130, err)
+        self.assertEqual(out.splitlines()[-1].split("go on with: ")[1],
+                         "python vae.py --resume stopped")
+        step = common.load_checkpoint(Path("stopped/last.pt"), "vae.py")["step"]
+        self.assertTrue(150 <= step < 450, step)
+        status, _, err = run_main(vae.main, "--resume", "stopped")
+        self.assertEqual(status, 0, err)
+        whole, stopped = (common.load_checkpoint(Path(run, "last.pt"), "vae.py")
+                          for run in ("whole", "stopped"))
+        self.assertEqual(differences(whole["model"], stopped["model"]), [])
+        for a, b in zip(whole["rows"], stopped["rows"], strict=True):
+            self.assertEqual({k: v for k, v in a.items() if "_bpd" in k or "_kl" in k},
+                             {k: v for k, v in b.items() if "_bpd" in k or "_kl" in k})
+
+    @unittest.skipIf(os.name == "nt", "pipes end otherwise there")
+    def test_a_reader_that_goes_away_ends_the_script_quietly(self):
+        process = self.start(*self.ARGV)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait()
+        self.assertEqual(err, "")
+
+
+class Readme(TemporaryFolder):
+    TEXT = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_every_flag_in_the_readme_is_in_the_help(self):
+        commands = re.findall(r"python (\w+)\.py([^\n`|&]*)", self.TEXT)
+        self.assertGreater(len(commands), 3)
+        scripts = {"vae": vae}
+        for script, rest in commands:
+            if script in scripts:
+                _, help_text, _ = run_main(scripts[script].main, "--help")
+                for flag in re.findall(r"--[a-z-]+", rest):
+                    self.assertIn(flag, help_text.split())
+
+    def test_the_lines_that_use_a_trained_model_run(self):
+        run_main(vae.main, *SHORT, "--epochs", 1, "--out-dir", "runs/vae-z20")
+        code = next(c for c in re.findall(r"```python\n(.*?)```", self.TEXT, re.S) if "VAE" in c)
+        namespace = {}
+        exec(code, namespace)
+        images = namespace["images"]
+        self.assertEqual((tuple(images.shape[1:]), images.dtype), ((1, 28, 28), torch.int64))
+        self.assertTrue(0 <= images.min() and images.max() <= 15)
+
+    def test_the_pictures_are_there_and_small(self):
+        pictures = re.findall(r"figures/[\w.-]+", self.TEXT)
+        self.assertGreater(len(pictures), 1)
+        for picture in pictures:
+            self.assertLess((HERE / picture).stat().st_size, 300_000, picture)
+
+
+# ---------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def ordinary_images_per_s(data_dir, batch_size, num_images):
+    """The networks of vae.py trained as most tutorials do it: a DataLoader, transforms, Adam."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([
+        transforms.ToTensor(), transforms.Lambda(lambda x: (x * 16).clamp(max=15).floor().long())])
+    data = datasets.MNIST(data_dir, train=True, transform=transform)
+    data = torch.utils.data.Subset(data, range(num_images))
+    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, num_workers=0)
+    model = vae.VAE()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    start = time.perf_counter()
+    for x, _ in loader:
+        rec, kl, _ = model(x)
+        optimizer.zero_grad()
+        (rec + kl).backward()
+        optimizer.step()
+    return num_images / (time.perf_counter() - start)
+
+
+def script_images_per_s(data_dir, num_images):
+    """The rate that vae.py itself reports for its first epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_main(vae.main, "--data-dir", data_dir, "--limit", num_images, "--epochs", 1,
+                 "--out-dir", f"{folder}/run")
+        return json.loads(Path(folder, "run/metrics.jsonl").read_text())["images_per_s"]
+
+
+def overhead_share(data_dir, num_images):
+    """The share of vae.py's training that is not spent in convolutions, matrix products,
+    activations or the loss, as torch's profiler counts each operator's own time."""
+    needed = ("conv", "addmm", "aten::mm", "gelu", "tanh", "exp", "softmax", "nll_loss", "Convol")
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    quiet = mock.patch.multiple(vae, evaluate=lambda *_: [0.0] * 3, draw_curves=lambda *_: None,
+                                draw_pictures=lambda *_, **__: None)
+    with tempfile.TemporaryDirectory() as folder, quiet:
+        args = vae.parse_args(["--epochs", "1"])
+        data = common.load_images("mnist", data_dir, num_images, "cpu")
+        model = vae.VAE().to(memory_format=torch.channels_last)
+        with profiler, contextlib.redirect_stdout(io.StringIO()):
+            vae.train(model, data, args, Path(folder), torch.float32, "")
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    spent = sum(event.self_cpu_time_total for event in events
+                if any(word in event.key for word in needed))
+    return 1 - spent / total
+
+
+def bench(data_dir, runs=5, num_images=6400):
+    torch.set_flush_denormal(True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {num_images:,} images a "
+          f"run, {runs} runs of each in turn")
+    ours, ordinary = [], []
+    for _ in range(runs):
+        ordinary.append(ordinary_images_per_s(data_dir, 64, num_images))
+        ours.append(script_images_per_s(data_dir, num_images))
+    ratios = [a / b for a, b in zip(ours, ordinary, strict=True)]
+    print(f"training, images/s: vae.py {statistics.median(ours):,.0f}, the ordinary way "
+          f"{statistics.median(ordinary):,.0f}, ratio {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")
+    print("share of the step outside convolutions, matrix products, activations and the loss: "
+          f"{overhead_share(data_dir, num_images):.1%}")
+
+
+class Result(unittest.TextTestResult):
+    passed = 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bench"]:
+        bench(*(sys.argv[2:] or [DATA_DIR or "data"]))
+    else:
+        program = unittest.main(exit=False, testRunner=unittest.TextTestRunner(
+            resultclass=Result, verbosity=2))
+        result = program.result
+        failed = len(result.failures) + len(result.errors)
+        for test, reason in result.skipped:
+            print(f"skipped {test}: {reason}")
+        print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped")
+        sys.exit(bool(failed))
