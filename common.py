@@ -90,7 +90,8 @@ def parse_run_args(parser, argv, run_args):
     """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
     at again: beside --resume or --eval only --device and --data-dir may be given."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv, argparse.Namespace(**run_args or {}))
+    run_args = argparse.Namespace(**run_args | {"resume": None, "eval": None}) if run_args else None
+    args = parser.parse_args(argv, run_args)
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
     for flag in {"--resume", "--eval"}.intersection(given):
         if others := set(given) - {flag, "--device", "--data-dir"}:

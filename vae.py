@@ -294,12 +294,12 @@ def train(model, data, args, run, dtype, heading, state=None):
             "model": model.state_dict(), "args": vars(args), "step": step, "val": val})
 
     if step == 0:
-        rec, kl, bpd = evaluate(model, data.val)
-        print(f"epoch   0/{args.epochs} | before training: val {bpd:.4f} bpd, "
-              f"rec {rec:.1f} kl {kl:.1f}", flush=True)
-        draw_pictures(model, data.val, data.val_labels, run, heading, epoch=0)
-        save_best(bpd)
+        rec, kl, best = evaluate(model, data.val)
+        save_best(best)
         save_last()
+        print(f"epoch   0/{args.epochs} | val {best:.4f} | rec {rec:.1f} kl {kl:.1f} | untrained",
+              flush=True)
+        draw_pictures(model, data.val, data.val_labels, run, heading, epoch=0)
 
     with common.StopRequest() as stop:
         for epoch in range(len(rows) + 1, args.epochs + 1):
