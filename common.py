@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -72,18 +74,18 @@ def positive(text):
 def add_common_arguments(parser):
     """The flags that mean the same in every script."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=integer(0), default=42, help="of the weights, the order of "
-                       "the data and the noise (not of the train/val split, which is fixed)")
+    group.add_argument("--seed", type=integer(0), default=42, help="for the initial weights, the "
+                       "order of the data and the noise; the split is fixed (default: %(default)s)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                       help="auto: cuda if there is one, else mps, else cpu")
+                       help="auto takes cuda, else mps, else cpu (default: %(default)s)")
     group.add_argument("--data-dir", default="data", metavar="DIR",
-                       help="where the dataset lies, or is downloaded to")
-    group.add_argument("--limit", type=integer(1), metavar="N", help="a quick try: the first N "
-                       "training images and the first N / 10 of validation and test")
-    group.add_argument("--no-amp", action="store_true",
-                       help="float32 throughout on CUDA, where bfloat16 autocast is the default")
+                       help="where the dataset is, or is downloaded to (default: %(default)s)")
+    group.add_argument("--limit", type=integer(1), metavar="N", help="a quick try: only N "
+                       "training images and N / 10 of validation and test (default: all)")
+    group.add_argument("--no-amp", action="store_true", help="train in float32 on CUDA, without "
+                       "the autocast to bfloat16 or float16 (elsewhere it is float32 anyway)")
     group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
-                       "arguments (only --device and --data-dir may be given beside it)")
+                       "arguments; only --device and --data-dir may be given beside it")
 
 
 def parse_run_args(parser, argv, run_args):
@@ -154,19 +156,19 @@ def seed_for(*numbers):
 
 def epoch_order(num_images, seed, epoch, device):
     """The order in which `epoch` visits the images, the same on every device. -> [num_images]"""
-    generator = torch.Generator().manual_seed(seed_for(seed, epoch, 1))
+    generator = torch.Generator().manual_seed(seed_for(seed, epoch, 1))  # 1: not a step's
     return torch.randperm(num_images, generator=generator).to(device)
 
 
 # ---------------------------------------------------------------------------------------------
 # Images
 
-# MD5 of the four unpacked files. torchvision checks what it downloads, not what it finds.
-MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+# The unpacked files of MNIST and of the datasets in its format: MD5 (of MNIST's alone) and shape.
+RAW_FILES = {
+    "train-images-idx3-ubyte": ("6bbc9ace898e44ae57da46a324031adb", (60_000, 28, 28)),
+    "train-labels-idx1-ubyte": ("a25bea736e30d166cdddb491f175f624", (60_000,)),
+    "t10k-images-idx3-ubyte": ("2646ac647ad5339dbf082846283269ea", (10_000, 28, 28)),
+    "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", (10_000,)),
 }
 FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's names
 DATASETS = [*FOLDERS, "glyphs"]
@@ -174,7 +176,7 @@ TIMEOUT = 15  # seconds that a download waits for an answer
 
 
 class Images(NamedTuple):
-    """A dataset in memory: uint8 images [N, 1, 28, 28] and labels [N]."""
+    """A dataset in memory: uint8 images [N, 1, 28, 28] on the device, labels [N] on the CPU."""
     name: str
     train: torch.Tensor
     val: torch.Tensor
@@ -215,42 +217,44 @@ def read_torchvision(dataset, data_dir):
     raw = data_dir / FOLDERS[dataset] / "raw"
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder")
-    if not all((raw / name).exists() for name in MNIST_MD5):
+    if not all((raw / name).exists() for name in RAW_FILES):
         download(FOLDERS[dataset], data_dir)
-    for name, md5 in MNIST_MD5.items():
+    arrays = []
+    for name, (md5, shape) in RAW_FILES.items():
         content = (raw / name).read_bytes()
-        count = 60_000 if name.startswith("train") else 10_000
-        header, size = ([2051, count, 28, 28], 784) if "images" in name else ([2049, count], 1)
-        whole = content.startswith(np.array(header, ">i4").tobytes())
-        whole &= len(content) == 4 * len(header) + count * size
+        header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()  # 0x800: of bytes
+        intact = content.startswith(header) and len(content) == len(header) + math.prod(shape)
         if dataset == "mnist":
-            whole &= hashlib.md5(content).hexdigest() == md5
-        if not whole:
+            intact = intact and hashlib.md5(content).hexdigest() == md5
+        if not intact:
             raise UserError(f"{raw / name} is damaged: delete it, and it is downloaded again")
-    import torchvision  # here, so that glyphs need no torchvision that fits torch
-
-    read = getattr(torchvision.datasets, FOLDERS[dataset])
-    train, test = read(data_dir, train=True), read(data_dir, train=False)
-    return torch.cat([train.data, test.data]).unsqueeze(1), torch.cat([train.targets, test.targets])
+        array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
+        arrays.append(torch.tensor(array))
+    train, train_labels, test, test_labels = arrays
+    return torch.cat([train, test]).unsqueeze(1), torch.cat([train_labels, test_labels])
 
 
 def download(folder, data_dir):
-    """Download into a temporary folder; the files move into place when all are there."""
-    import torchvision
+    """Let torchvision download into a temporary folder, and move the files in when all are there.
 
+    Raises ConnectionError where that fails, after TIMEOUT seconds without an answer.
+    """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
+        import torchvision  # here, as a torchvision that was not built for this torch won't load
+
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
             getattr(torchvision.datasets, folder)(temporary, download=True)
             raw = data_dir / folder / "raw"
             raw.mkdir(parents=True, exist_ok=True)
-            for path in Path(temporary, folder, "raw").iterdir():
-                os.replace(path, raw / path.name)
-    except (OSError, RuntimeError) as error:
+            for name in RAW_FILES:
+                os.replace(Path(temporary, folder, "raw", name), raw / name)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConnectionError(f"{folder} is not in {data_dir}/ and could not be downloaded "
-                              f"({str(error).strip().splitlines()[0]})") from error
+                              f"({reason})") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -317,8 +321,8 @@ def save_checkpoint(path, state):
     Raises UserError for a model that is not finite, and where the file cannot be written.
     """
     if not all(weights.isfinite().all() for weights in state["model"].values()):
-        raise UserError(f"the model is not finite after step {state['step']}: try a lower --lr; "
-                        f"{path} keeps the last good one")
+        raise UserError(f"the model is not finite after step {state['step']}: start again with "
+                        f"a lower --lr ({path} keeps the last good model)")
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -346,9 +350,11 @@ def load_checkpoint(path, script):
                 raise zipfile.BadZipFile(f"in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         writer = state["args"]["script"]
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, LookupError, TypeError) as e:
-        raise UserError(f"{path} is damaged or no checkpoint ({e}): take a copy of it, or start "
-                        "a new run") from e
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
+            TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}): put a copy of it back, or "
+                        "start a new run") from error
     if writer != script:
         raise UserError(f"{path} was written by {writer}, not by {script}")
     return state
@@ -369,9 +375,9 @@ def new_figure(width, height, title):
 
 def tile(images, columns):
     """[N, 1, H, W] in [0, 1] -> one image, row by row, a one-pixel gap between them."""
-    padded = F.pad(images, (0, 1, 0, 1), value=0.5)  # [N, 1, H + 1, W + 1]
-    rows = padded.squeeze(1).unflatten(0, (-1, columns))  # [rows, columns, H + 1, W + 1]
-    return rows.transpose(1, 2).flatten(2).flatten(0, 1)[:-1, :-1]
+    padded = F.pad(images, (0, 1, 0, 1), value=0.5).squeeze(1)  # [N, H + 1, W + 1]
+    grid = padded.unflatten(0, (-1, columns))  # [rows, columns, H + 1, W + 1]
+    return grid.transpose(1, 2).flatten(2).flatten(0, 1)[:-1, :-1]  # [rows * (H + 1) - 1, ...]
 
 
 def save_image(path, image, title):

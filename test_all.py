@@ -382,9 +382,10 @@ class CommonParts(TemporaryFolder):
             Path("a.pt").write_bytes(content)
             with self.assertRaisesRegex(common.UserError, "a.pt is damaged or no checkpoint"):
                 common.load_checkpoint(Path("a.pt"), "vae.py")
-        torch.save({"weights": 1}, "a.pt")
-        with self.assertRaisesRegex(common.UserError, "a.pt is damaged or no checkpoint"):
-            common.load_checkpoint(Path("a.pt"), "vae.py")
+        for foreign in ({"weights": 1}, [1], Path("a_path_needs_pickle")):
+            torch.save(foreign, "a.pt")
+            with self.assertRaisesRegex(common.UserError, "a.pt is damaged or no checkpoint"):
+                common.load_checkpoint(Path("a.pt"), "vae.py")
         common.save_checkpoint(Path("a.pt"), self.checkpoint())
         with self.assertRaisesRegex(common.UserError, "written by vae.py, not by gpt.py"):
             common.load_checkpoint(Path("a.pt"), "gpt.py")
@@ -431,7 +432,7 @@ class Datasets(TemporaryFolder):
         """data/MNIST/raw with links to the real files, the one named `corrupt` changed."""
         raw = self.folder / "data/MNIST/raw"
         raw.mkdir(parents=True)
-        for name in common.MNIST_MD5:
+        for name in common.RAW_FILES:
             source = Path(DATA_DIR, "MNIST/raw", name).resolve()
             if name == corrupt:
                 (raw / name).write_bytes(change(source.read_bytes()))
@@ -463,7 +464,7 @@ class Datasets(TemporaryFolder):
     def test_other_datasets_are_checked_by_size_and_header(self):
         raw = Path("data/FashionMNIST/raw")
         raw.mkdir(parents=True)
-        for name in common.MNIST_MD5:
+        for name in common.RAW_FILES:
             (raw / name).write_bytes(b"\0\0\x08\x03" + bytes(1000))
         with self.assertRaisesRegex(common.UserError, "train-images-idx3-ubyte is damaged"):
             common.load_images("fashion", "data", None, "cpu")
@@ -493,7 +494,7 @@ class Datasets(TemporaryFolder):
         import torchvision
 
         packed = {f"{name}.gz": gzip.compress(Path(DATA_DIR, "MNIST/raw", name).read_bytes(), 1)
-                  for name in common.MNIST_MD5}
+                  for name in common.RAW_FILES}
         asked = []
 
         def respond(handler, name):

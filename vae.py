@@ -9,13 +9,14 @@
     python vae.py --schedule constant --lr 1e-3 --batch-size 128 --epochs 80
                                          the recipe of the assignment
     python vae.py --resume runs/vae-z20  go on with a run that was stopped
-    python vae.py --eval runs/vae-z20    its test figures and pictures once more
+    python vae.py --eval runs/vae-z20    print its test figures, draw its pictures again
 
 A run leaves a folder in runs/: args.json, metrics.jsonl, last.pt, best.pt, test.json, and as
 pictures the bound by epoch, samples and reconstructions, and the latent space.
 
-"Equation" and "Q" refer to the Deep Learning Practical 3 of the University of Amsterdam (2023).
-B is the batch, D = z_dim the latent dimensions, K = 16 the values of a pixel.
+"4-bit" means that a pixel is an integer from 0 to 15. "Equation" and "Q" (question) refer to the
+University of Amsterdam's Deep Learning Practical 3 (2023). In the comments on shapes B is the
+batch, D = z_dim the latent dimensions and K = 16 the values that a pixel can take.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import common
 
-NUM_VALUES = 16  # K: 4-bit pixels
+NUM_VALUES = 16  # K
 
 # ---------------------------------------------------------------------------------------------
 # Networks
@@ -58,9 +59,9 @@ class Encoder(nn.Module):
         self.log_std = nn.Linear(2 * c * 16, z_dim)
 
     def forward(self, x):
-        h = self.net(x / 7.5 - 1)  # 0..15 -> -1..1
+        h = self.net(x / 7.5 - 1)  # integers 0..15 -> floats -1..1
         mean, log_std = self.mean(h).float(), self.log_std(h).float()
-        # Bounded to -5..5, so that exp never overflows; tanh keeps 0 at 0 and gradients alive.
+        # A smooth bound of -5..5: exp cannot overflow, and unlike clamp it has gradients all over.
         return mean, 5 * torch.tanh(log_std / 5)
 
 
@@ -111,7 +112,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, n):
         """Draw n images from p(x). -> integers 0..15, [n, 1, 28, 28]"""
-        # Q1.1: draw z from the prior, decode it, then draw each pixel from its categorical.
+        # Q1.1, the steps: draw z from the prior, decode it, draw each pixel from its categorical.
         z = torch.randn(n, self.z_dim, device=next(self.parameters()).device)
         logits = self.decoder(z)
         # Adding Gumbel noise makes the argmax an exact draw from softmax(logits).
@@ -125,13 +126,14 @@ class VAE(nn.Module):
 
 def sample_reparameterize(mean, std):
     """A draw from N(mean, std^2), of their shape, through which gradients reach both."""
-    # Q1.6: the noise is drawn apart from mean and std, so z is a differentiable function of them.
+    # Q1.6: a draw has no derivative, but here the noise alone is drawn, and z is a differentiable
+    # function of mean and std.
     return mean + std * torch.randn_like(std)
 
 
 def reconstruction_loss(logits, x):
     """-log p(x|z): logits [B, K, 28, 28], x [B, 1, 28, 28] -> nats per image [B] (Equation 13)."""
-    # Q1.5: how badly the one z that was drawn reconstructs x.
+    # Q1.5, why "reconstruction": it is how badly the one z that was drawn gives x back.
     pixels = logits.permute(0, 2, 3, 1).reshape(-1, NUM_VALUES)  # [B * 784, K]
     loss = F.cross_entropy(pixels, x.reshape(-1).long(), reduction="none")
     return loss.view(len(x), -1).sum(1)
@@ -139,7 +141,7 @@ def reconstruction_loss(logits, x):
 
 def kl_divergence(mean, log_std):
     """KL(N(mean, std^2) || N(0, 1)) in nats, summed over the last dimension (Equation 13)."""
-    # Q1.5: regularises, as it grows with what z tells of x beyond the prior.
+    # Q1.5, why "regularization": it pulls every q(z|x) towards the one prior, whatever x is.
     return 0.5 * (torch.exp(2 * log_std) + mean**2 - 1 - 2 * log_std).sum(-1)
 
 
@@ -151,8 +153,8 @@ def elbo_to_bpd(elbo, img_shape):
 def log_weight(model, x, z, mean, log_std):
     """log p(x|z) + log p(z) - log q(z|x) in nats, for z drawn from q = N(mean, std^2).
 
-    x [B, 1, 28, 28], the others [B, D] -> [B]. Its mean over z is the lower bound, and the log
-    of the mean of its exp is log p(x) (line 3 of Equation 9).
+    x [B, 1, 28, 28]; z, mean, log_std [B, D] -> [B]. Its mean over z is the lower bound; the log
+    of the mean of its exp is log p(x) itself (line 3 of Equation 9).
     """
     def log_normal(z, mean, log_std):
         scaled = (z - mean) / log_std.exp()
@@ -187,11 +189,11 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
 
 @torch.no_grad()
 def evaluate(model, images):
-    """The two losses over a whole set, each image once and with the same noise every time.
+    """The two losses over a whole set, each image once, in float32.
 
     images [N, 1, 28, 28] -> rec, kl (nats per image), bpd, as Python floats
     """
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same noise every time; a training step sets a seed of its own
     total = sum(torch.stack(model(x)) * len(x) for x in images.split(500))
     return (total / len(images)).tolist()
 
@@ -201,7 +203,7 @@ def evaluate(model, images):
 
 
 def mean_image(logits):
-    """The mean value of each pixel over 15. logits [B, K, H, W] -> [B, 1, H, W] in [0, 1]"""
+    """Each pixel's expected value, scaled to [0, 1]. logits [B, K, H, W] -> [B, 1, H, W]"""
     values = torch.linspace(0, 1, NUM_VALUES, device=logits.device).view(1, -1, 1, 1)
     return (logits.softmax(1) * values).sum(1, keepdim=True)
 
@@ -223,23 +225,23 @@ def visualize_manifold(decoder, grid_size=20):
 
 
 @torch.no_grad()
-def draw_pictures(model, images, labels, folder, heading, epoch):
-    """Samples, reconstructions, and the latent space of `images` with their labels."""
+def draw_pictures(model, images, labels, run, heading, epoch):
+    """Samples (Q1.8), reconstructions, and the latent space of `images` with their labels."""
     torch.manual_seed(0)  # the same latents every time, so that epochs can be compared
     samples = model.sample(64) / 15
-    common.save_image(folder / f"samples_epoch_{epoch:03d}.png", common.tile(samples, 8),
+    common.save_image(run / f"samples_epoch_{epoch:03d}.png", common.tile(samples, 8),
                       f"{heading}\nsamples after {epoch} epochs")
 
     first = [(labels == digit).nonzero()[0, 0] for digit in labels.unique()]
     originals = images[torch.stack(first).to(images.device)]  # one of each digit
     rebuilt = mean_image(model.decoder(model.encoder(originals)[0]))
     pairs = torch.cat([originals / 15, rebuilt])
-    common.save_image(folder / "reconstructions.png", common.tile(pairs, len(originals)),
+    common.save_image(run / "reconstructions.png", common.tile(pairs, len(originals)),
                       f"{heading}: originals and reconstructions, epoch {epoch}")
 
     mean, log_std = (t.cpu() for t in model.encoder(images))  # [N, D]
     if model.z_dim == 2:
-        common.save_image(folder / "manifold.png", visualize_manifold(model.decoder),
+        common.save_image(run / "manifold.png", visualize_manifold(model.decoder),
                           f"{heading}: the decoder's mean over the prior's percentiles")
         figure = common.new_figure(6, 6, f"{heading}: posterior means of {len(images):,} images")
         axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal")
@@ -247,19 +249,19 @@ def draw_pictures(model, images, labels, folder, heading, epoch):
         for digit in range(10):
             axes.scatter(*mean[labels == digit].T, s=3, color=f"C{digit}", label=str(digit))
         figure.legend(markerscale=4, loc="outside right center")
-        figure.savefig(folder / "latents.png")
+        figure.savefig(run / "latents.png")
     else:
         kl = kl_divergence(mean.unsqueeze(-1), log_std.unsqueeze(-1)).mean(0)  # [D]
         figure = common.new_figure(7, 4, f"{heading}: KL of each latent dimension")
         axes = figure.add_subplot(xlabel="latent dimension, sorted", ylabel="nats per image")
         axes.bar(range(model.z_dim), kl.sort(descending=True).values)
-        figure.savefig(folder / "kl.png")
+        figure.savefig(run / "kl.png")
 
 
-def draw_curves(rows, folder, heading, test_bpd=None):
+def draw_curves(rows, run, heading, test_bpd=None):
     """The bound by epoch, and the test value as a line once it is known (Q1.7)."""
     curves = {name: [row[f"{name}_bpd"] for row in rows] for name in ("train", "val")}
-    common.save_curves(folder / "bpd.png", f"{heading}: the lower bound", "bits per dimension",
+    common.save_curves(run / "bpd.png", f"{heading}: the lower bound", "bits per dimension",
                        [row["epoch"] for row in rows], curves, {"test": test_bpd})
 
 
@@ -276,7 +278,8 @@ def train(model, data, args, run, dtype, heading, state=None):
     sums = torch.zeros(3, device=device)  # of rec, kl and bpd over the epoch's images so far
     if state:
         optimizer.load_state_dict(state["optimizer"]["adam"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty after training without float16
+            scaler.load_state_dict(state["scaler"])
         step, seconds, best, rows = (state[k] for k in ("step", "seconds", "best", "rows"))
         sums = state["sums"].to(device)
         common.write_metrics(run, rows)
@@ -303,12 +306,13 @@ def train(model, data, args, run, dtype, heading, state=None):
 
     with common.StopRequest() as stop:
         for epoch in range(len(rows) + 1, args.epochs + 1):
-            began, images = time.perf_counter(), 0
+            began, seen = time.perf_counter(), 0
             order = common.epoch_order(len(data.train), args.seed, epoch, device)
-            batches = order.split(args.batch_size)[step - (epoch - 1) * steps_per_epoch:]
-            bar = tqdm(desc=f"epoch {epoch}/{args.epochs}", total=sum(map(len, batches)),
-                       unit=" img", disable=None, leave=False)
-            for indices in batches:
+            batches = order.split(args.batch_size)
+            batches = batches[step - (epoch - 1) * steps_per_epoch:]  # resumed within an epoch
+            bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" img",
+                       unit_scale=args.batch_size, disable=None, leave=False)
+            for indices in bar:
                 lr = args.lr
                 if args.schedule == "triangle":  # up in the first tenth, then down to zero
                     progress = (step + 0.5) / total_steps
@@ -326,35 +330,34 @@ def train(model, data, args, run, dtype, heading, state=None):
 
                 sums += torch.stack([rec, kl, bpd]).detach() * len(x)
                 step += 1
-                images += len(x)
-                bar.update(len(x))
+                seen += len(x)
                 if step % 50 == 0:  # not each time: to read the loss is to wait for the device
-                    bar.set_postfix_str(f"bpd {bpd.item():.3f}")
-                    if not math.isfinite(bpd.item()):
-                        raise common.UserError(f"the loss is not finite at step {step}: try a "
-                                               f"lower --lr; {run}/last.pt is the last good model")
+                    loss = bpd.item()
+                    bar.set_postfix_str(f"bpd {loss:.3f}")
+                    if not math.isfinite(loss):
+                        raise common.UserError(
+                            f"the loss is not finite at step {step}: start again with a lower "
+                            f"--lr ({run / 'last.pt'} keeps the last good model)")
                 if stop.asked:
                     bar.close()
                     seconds += time.perf_counter() - began
                     save_last()
                     print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
                     sys.exit(130)
-            bar.close()
-            images_per_s = images / (time.perf_counter() - began)
-
             train_rec, train_kl, train_bpd = (sums / len(data.train)).tolist()
             sums.zero_()
+            images_per_s = seen / (time.perf_counter() - began)
             val_rec, val_kl, val_bpd = evaluate(model, data.val)
             seconds += time.perf_counter() - began
             rows.append({"epoch": epoch, "step": step, "seconds": round(seconds, 2),
                          "images_per_s": round(images_per_s), "train_bpd": train_bpd,
                          "val_bpd": val_bpd, "train_rec": train_rec, "train_kl": train_kl,
                          "val_rec": val_rec, "val_kl": val_kl})
-            common.write_metrics(run, rows)
             if val_bpd < best:
                 best = val_bpd
                 save_best(val_bpd)
             save_last()
+            common.write_metrics(run, rows)
             print(f"epoch {epoch:3d}/{args.epochs} | train {train_bpd:.4f} | val {val_bpd:.4f} | "
                   f"rec {val_rec:.1f} kl {val_kl:.1f} | {images_per_s / 1000:.2f}k img/s | "
                   f"{seconds:.1f} s", flush=True)
@@ -365,8 +368,8 @@ def train(model, data, args, run, dtype, heading, state=None):
 
 
 @torch.no_grad()
-def test(model, data):
-    """The figures of a finished model, the last three on the first 1,000 test images.
+def report_test(model, data):
+    """Print and return the figures of a finished model, the last three on 1,000 test images.
 
     -> dict of floats: nats per image, but for test_bpd
     """
@@ -375,10 +378,12 @@ def test(model, data):
     lower_bound = -sum(evaluate(model, x)[:2])
     torch.manual_seed(0)
     importance_weighted = log_likelihood(model, x, 64).mean().item()
-    # Q1.2: hardly any draw from the prior explains x, and ever fewer the more dimensions z has.
+    # Q1.2, why it is inefficient: next to no draw from the prior explains a given x, and the
+    # share that does falls exponentially with the dimensions of z.
     from_prior = log_likelihood(model, x, 64, "prior").mean().item()
     print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
-    # Q1.4: a bound below log p(x) by KL(q(z|x) || p(z|x)), which the second estimate narrows.
+    # Q1.4: the lower bound lies below log p(x) by KL(q(z|x) || p(z|x)); importance weights close
+    # part of that gap.
     print(f"log p(x) of {len(x):,} test images in nats: {lower_bound:.1f} lower bound | "
           f"{importance_weighted:.1f} importance-weighted, 64 draws | "
           f"{from_prior:.1f} with 64 draws from the prior (Equation 8)", flush=True)
@@ -389,22 +394,27 @@ def test(model, data):
 def parse_args(argv=None, run_args=None):
     parser = argparse.ArgumentParser(
         prog="vae.py", description="Train a variational autoencoder on 4-bit MNIST.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        allow_abbrev=False)
     group = parser.add_argument_group("model")
-    group.add_argument("--z-dim", type=common.integer(1), default=20, help="latent dimensions")
+    group.add_argument("--z-dim", type=common.integer(1), default=20,
+                       help="latent dimensions (default: %(default)s)")
     group.add_argument("--num-filters", type=common.integer(1), default=32,
-                       help="channels of the first convolution")
+                       help="channels of the first convolution (default: %(default)s)")
     group = parser.add_argument_group("training")
-    group.add_argument("--dataset", choices=common.DATASETS, help="mnist, and the built-in glyphs "
-                       "where it can be neither found nor downloaded")
-    group.add_argument("--epochs", type=common.integer(1), default=20)
-    group.add_argument("--batch-size", type=common.integer(1), default=64, help="images a step")
-    group.add_argument("--lr", type=common.positive, default=5e-3, help="peak learning rate")
+    group.add_argument("--dataset", choices=common.DATASETS, help="default: mnist, or the built-in "
+                       "glyphs where it can be neither found nor downloaded")
+    group.add_argument("--epochs", type=common.integer(1), default=20,
+                       help="passes over the training images (default: %(default)s)")
+    group.add_argument("--batch-size", type=common.integer(1), default=64,
+                       help="images a step (default: %(default)s)")
+    group.add_argument("--lr", type=common.positive, default=5e-3,
+                       help="highest learning rate (default: %(default)s)")
     group.add_argument("--schedule", choices=["triangle", "constant"], default="triangle",
-                       help="of the learning rate: up in the first tenth of the steps and down "
-                       "to zero in the rest, or constant")
+                       help="the learning rate rises in the first tenth of the steps and falls to "
+                       "zero in the rest, or is constant (default: %(default)s)")
     common.add_common_arguments(parser)
-    parser.add_argument("--out-dir", metavar="DIR", help="runs/vae-z20 for --z-dim 20, ...")
+    parser.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
+                        "holds something gets a suffix (default: runs/vae-z20 for --z-dim 20)")
     parser.add_argument("--eval", metavar="DIR", help="print the test figures of the run in DIR "
                         "and draw its pictures, without training")
     parser.set_defaults(script="vae.py")
@@ -414,13 +424,16 @@ def parse_args(argv=None, run_args=None):
 @common.command("vae.py")
 def main(argv=None):
     args, state = parse_args(argv), None
-    if args.resume or args.eval:
-        run = Path(args.resume or args.eval)
-        state = common.load_checkpoint(run / ("last.pt" if args.resume else "best.pt"), "vae.py")
-        args = parse_args(argv, state["args"])
+    if args.resume is not None:
+        run, name = Path(args.resume), "last.pt"
+    elif args.eval is not None:
+        run, name = Path(args.eval), "best.pt"
+    if args.resume is not None or args.eval is not None:
+        state = common.load_checkpoint(run / name, "vae.py")
+        args = parse_args(argv, state["args"])  # the run's own, but for what is given now
     device, dtype = common.pick_device(args.device, not args.no_amp)
     data = common.load_images(args.dataset, args.data_dir, args.limit, device)
-    # floor(x / 255 * 16), clamped to 15, is x >> 4 for each of the 256 values.
+    # To 4 bits: x >> 4 is floor(x / 255 * 16), clamped to 15, for each of the 256 values.
     data = data._replace(train=data.train >> 4, val=data.val >> 4, test=data.test >> 4)
 
     torch.manual_seed(args.seed)
@@ -438,22 +451,22 @@ def main(argv=None):
     heading = f"VAE, z {args.z_dim}, {data.name}"
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; {len(data.train):,} train, {len(data.val):,} val, "
-          f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps",
-          flush=True)
+          f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps; "
+          f"-> {run}", flush=True)
 
     if not args.eval:
         rows = train(model, data, args, run, dtype, heading, state)
         state = common.load_checkpoint(run / "best.pt", "vae.py")
         model.load_state_dict(state["model"])
 
-    figures = test(model, data)
+    results = report_test(model, data)
     epoch = state["step"] // steps_per_epoch
     draw_pictures(model, data.test, data.test_labels, run, heading, epoch)
     if not args.eval:
-        draw_curves(rows, run, heading, figures["test_bpd"])
-        figures |= {"epoch": epoch, "seconds": rows[-1]["seconds"], "device": str(device),
+        draw_curves(rows, run, heading, results["test_bpd"])
+        results |= {"epoch": epoch, "seconds": rows[-1]["seconds"], "device": str(device),
                     "torch": torch.__version__}
-        common.write_text(run / "test.json", json.dumps(figures, indent=2) + "\n")
+        common.write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
     if stand_in:
         print("warning: no MNIST, so all this is of the built-in glyphs", file=sys.stderr)
     print(run)
