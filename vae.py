@@ -93,8 +93,8 @@ class VAE(nn.Module):
         self.z_dim = z_dim
         self.encoder = Encoder(z_dim, num_filters)
         self.decoder = Decoder(z_dim, num_filters)
-        # Orthogonal weights (Saxe et al. 2014) with He's gain before a GELU: torch's smaller default
-        # learns more slowly here.
+        # Orthogonal weights (Saxe et al. 2014), with He's gain before a GELU, learn faster here
+        # than the smaller ones that torch starts with.
         outputs = self.encoder.mean, self.encoder.log_std, self.decoder.net[-1]
         for layer in self.modules():
             if hasattr(layer, "weight"):
