@@ -71,23 +71,6 @@ def positive(text):
     return value
 
 
-def add_common_arguments(parser):
-    """The flags that mean the same in every script."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=integer(0), default=42, help="for the initial weights, the "
-                       "order of the data and the noise; the split is fixed (default: %(default)s)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                       help="auto takes cuda, else mps, else cpu (default: %(default)s)")
-    group.add_argument("--data-dir", default="data", metavar="DIR",
-                       help="where the dataset is, or is downloaded to (default: %(default)s)")
-    group.add_argument("--limit", type=integer(1), metavar="N", help="a quick try: only N "
-                       "training images and N / 10 of validation and test (default: all)")
-    group.add_argument("--no-amp", action="store_true", help="train in float32 on CUDA, without "
-                       "the autocast to bfloat16 or float16 (elsewhere it is float32 anyway)")
-    group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
-                       "arguments; only --device and --data-dir may be given beside it")
-
-
 def parse_run_args(parser, argv, run_args):
     """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
     at again: beside --resume or --eval only --device and --data-dir may be given."""
@@ -185,11 +168,11 @@ class Images(NamedTuple):
     test_labels: torch.Tensor
 
 
-def load_images(dataset, data_dir, limit, device):
-    """Read `dataset` ("mnist", "fashion", "kmnist" or "glyphs") into memory. -> Images
+def load_mnist(dataset, data_dir, limit, device):
+    """Read MNIST, or the like of it that `dataset` names (see DATASETS), into memory. -> Images
 
-    With `dataset` None it is MNIST, and glyphs only where MNIST can be neither found nor
-    downloaded. Training images are split 54,000 / 6,000 by a fixed permutation.
+    With `dataset` None it is MNIST, and the built-in glyphs only where MNIST can be neither found
+    nor downloaded. Training images are split 54,000 / 6,000 by a fixed permutation.
     Raises UserError for damaged files, and for a named dataset that cannot be had.
     """
     try:

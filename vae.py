@@ -34,6 +34,7 @@ from tqdm import tqdm
 import common
 
 NUM_VALUES = 16  # K
+LOSSES = ("rec", "kl", "bpd")  # what VAE.forward returns
 
 # ---------------------------------------------------------------------------------------------
 # Networks
@@ -174,6 +175,7 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
     (2016, arXiv:1509.00519). "prior" draws it from p(z), which makes the weight p(x|z) alone:
     Equation 8. Memory does not grow with num_samples.
     """
+    assert proposal in ("posterior", "prior")
     mean, log_std = model.encoder(x)
     if proposal == "prior":
         mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)
@@ -181,11 +183,10 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
     per_pass = max(1, 1000 // len(x))
     for start in range(0, num_samples, per_pass):
         draws = min(per_pass, num_samples - start)
-        many_x, many_mean, many_log_std = (
-            t.repeat(draws, *[1] * (t.ndim - 1)) for t in (x, mean, log_std))  # [draws * B, ...]
-        z = sample_reparameterize(many_mean, many_log_std.exp())
-        log_w = log_weight(model, many_x, z, many_mean, many_log_std).view(draws, len(x))
-        total = torch.logaddexp(total, log_w.logsumexp(0))
+        means, log_stds = mean.repeat(draws, 1), log_std.repeat(draws, 1)  # [draws * B, D]
+        z = sample_reparameterize(means, log_stds.exp())
+        log_w = log_weight(model, x.repeat(draws, 1, 1, 1), z, means, log_stds)  # [draws * B]
+        total = torch.logaddexp(total, log_w.view(draws, len(x)).logsumexp(0))
     return total - math.log(num_samples)
 
 
@@ -193,11 +194,11 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
 def evaluate(model, images):
     """The two losses over a whole set, each image once, in float32.
 
-    images [N, 1, 28, 28] -> rec, kl (nats per image), bpd, as Python floats
+    images [N, 1, 28, 28] -> dict of floats: rec and kl (nats per image), bpd
     """
     torch.manual_seed(0)  # the same noise every time; a training step sets a seed of its own
-    total = sum(torch.stack(model(x)) * len(x) for x in images.split(500))
-    return (total / len(images)).tolist()
+    sums = sum(torch.stack(model(x)) * len(x) for x in images.split(500))
+    return dict(zip(LOSSES, (sums / len(images)).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def draw_curves(rows, run, heading, test_bpd=None):
 # Training
 
 
-def train(model, data, args, run, dtype, heading, state=None):
+def fit(model, data, args, run, dtype, heading, state=None):
     """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
     device = data.train.device
     if args.schedule == "constant":  # the recipe of the assignment
@@ -298,16 +299,17 @@ def train(model, data, args, run, dtype, heading, state=None):
             "scaler": scaler.state_dict(), "step": step, "seconds": seconds, "best": best,
             "rows": rows, "sums": sums, "args": vars(args)})
 
-    def save_best(val):
+    def save_best():
         common.save_checkpoint(run / "best.pt", {
-            "model": model.state_dict(), "args": vars(args), "step": step, "val": val})
+            "model": model.state_dict(), "args": vars(args), "step": step, "val": best})
 
     if step == 0:
-        rec, kl, best = evaluate(model, data.val)
-        save_best(best)
+        val = evaluate(model, data.val)
+        best = val["bpd"]
+        save_best()
         save_last()
-        print(f"epoch   0/{args.epochs} | val {best:.4f} | rec {rec:.1f} kl {kl:.1f} | untrained",
-              flush=True)
+        print(f"epoch   0/{args.epochs} | untrained    | val {val['bpd']:.4f} | "
+              f"rec {val['rec']:.1f} kl {val['kl']:.1f}", flush=True)
         draw_pictures(model, data.val, data.val_labels, run, heading, epoch=0)
 
     with common.StopRequest() as stop:
@@ -334,7 +336,7 @@ def train(model, data, args, run, dtype, heading, state=None):
                 scaler.update()
                 optimizer.zero_grad()
 
-                sums += torch.stack([rec, kl, bpd]).detach() * len(x)
+                sums += torch.stack([rec, kl, bpd]).detach() * len(x)  # read once, below
                 step += 1
                 seen += len(x)
                 if step % 50 == 0:  # not each time: to read the loss is to wait for the device
@@ -350,23 +352,23 @@ def train(model, data, args, run, dtype, heading, state=None):
                     save_last()
                     print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
                     sys.exit(130)
-            train_rec, train_kl, train_bpd = (sums / len(data.train)).tolist()
+            train = dict(zip(LOSSES, (sums / len(data.train)).tolist(), strict=True))
             sums.zero_()
             images_per_s = seen / (time.perf_counter() - began)
-            val_rec, val_kl, val_bpd = evaluate(model, data.val)
+            val = evaluate(model, data.val)
             seconds += time.perf_counter() - began
             rows.append({"epoch": epoch, "step": step, "seconds": round(seconds, 2),
-                         "images_per_s": round(images_per_s), "train_bpd": train_bpd,
-                         "val_bpd": val_bpd, "train_rec": train_rec, "train_kl": train_kl,
-                         "val_rec": val_rec, "val_kl": val_kl})
-            if val_bpd < best:
-                best = val_bpd
-                save_best(val_bpd)
+                         "images_per_s": round(images_per_s),
+                         **{f"train_{name}": train[name] for name in LOSSES},
+                         **{f"val_{name}": val[name] for name in LOSSES}})
+            if val["bpd"] < best:
+                best = val["bpd"]
+                save_best()
             save_last()
             common.write_metrics(run, rows)
-            print(f"epoch {epoch:3d}/{args.epochs} | train {train_bpd:.4f} | val {val_bpd:.4f} | "
-                  f"rec {val_rec:.1f} kl {val_kl:.1f} | {images_per_s / 1000:.2f}k img/s | "
-                  f"{seconds:.1f} s", flush=True)
+            print(f"epoch {epoch:3d}/{args.epochs} | train {train['bpd']:.4f} | "
+                  f"val {val['bpd']:.4f} | rec {val['rec']:.1f} kl {val['kl']:.1f} | "
+                  f"{images_per_s / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
             if epoch in (1, 2, 5) or epoch % 10 == 0:
                 draw_pictures(model, data.val, data.val_labels, run, heading, epoch)
                 draw_curves(rows, run, heading)
@@ -374,55 +376,66 @@ def train(model, data, args, run, dtype, heading, state=None):
 
 
 @torch.no_grad()
-def report_test(model, data):
-    """Print and return the figures of a finished model, the last three on 1,000 test images.
-
-    -> dict of floats: nats per image, but for test_bpd
-    """
-    rec, kl, bpd = evaluate(model, data.test)
-    x = data.test[:1000]
-    lower_bound = -sum(evaluate(model, x)[:2])
+def report_test(model, images):
+    """Print and return the figures of a finished model: bpd, and else nats per image."""
+    test = evaluate(model, images)
+    print(f"test: {test['bpd']:.4f} bpd | rec {test['rec']:.1f} kl {test['kl']:.1f}")
+    x = images[:1000]
+    few = evaluate(model, x)
     torch.manual_seed(0)
-    importance_weighted = log_likelihood(model, x, 64).mean().item()
-    # Q1.2, why it is inefficient: next to no draw from the prior explains a given x, and the
-    # share that does falls exponentially with the dimensions of z.
-    from_prior = log_likelihood(model, x, 64, "prior").mean().item()
-    print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
-    # Q1.4: the lower bound lies below log p(x) by KL(q(z|x) || p(z|x)); importance weights close
-    # part of that gap.
-    print(f"log p(x) of {len(x):,} test images in nats: {lower_bound:.1f} lower bound | "
-          f"{importance_weighted:.1f} importance-weighted, 64 draws | "
-          f"{from_prior:.1f} with 64 draws from the prior (Equation 8)", flush=True)
-    return {"test_bpd": bpd, "test_rec": rec, "test_kl": kl, "lower_bound": lower_bound,
-            "importance_weighted": importance_weighted, "from_prior": from_prior}
+    estimates = {
+        # Q1.4: below log p(x) by KL(q(z|x) || p(z|x)), a gap that importance weights narrow.
+        "lower_bound": -few["rec"] - few["kl"],
+        "importance_weighted": log_likelihood(model, x, 64).mean().item(),
+        # Q1.2, why it is inefficient: next to no draw from the prior explains a given x, and the
+        # share of those that do falls exponentially with the dimensions of z.
+        "prior": log_likelihood(model, x, 64, "prior").mean().item()}
+    print(f"log p(x) of {len(x):,} test images in nats: "
+          f"{estimates['lower_bound']:.1f} lower bound | "
+          f"{estimates['importance_weighted']:.1f} importance-weighted, 64 draws | "
+          f"{estimates['prior']:.1f} from 64 draws of the prior (Equation 8)", flush=True)
+    return {f"test_{name}": value for name, value in {**test, **estimates}.items()}
 
 
 def parse_args(argv=None, run_args=None):
     parser = argparse.ArgumentParser(
         prog="vae.py", description="Train a variational autoencoder on 4-bit MNIST.",
         allow_abbrev=False)
+    default = "(default: %(default)s)"
     group = parser.add_argument_group("model")
     group.add_argument("--z-dim", type=common.integer(1), default=20,
-                       help="latent dimensions (default: %(default)s)")
+                       help=f"latent dimensions {default}")
     group.add_argument("--num-filters", type=common.integer(1), default=32,
-                       help="channels of the first convolution (default: %(default)s)")
+                       help=f"channels of the first convolution {default}")
     group = parser.add_argument_group("training")
-    group.add_argument("--dataset", choices=common.DATASETS, help="default: mnist, or the built-in "
-                       "glyphs where it can be neither found nor downloaded")
     group.add_argument("--epochs", type=common.integer(1), default=20,
-                       help="passes over the training images (default: %(default)s)")
+                       help=f"passes over the training images {default}")
     group.add_argument("--batch-size", type=common.integer(1), default=64,
-                       help="images a step (default: %(default)s)")
+                       help=f"images a step {default}")
     group.add_argument("--lr", type=common.positive, default=5e-3,
-                       help="highest learning rate (default: %(default)s)")
+                       help=f"highest learning rate {default}")
     group.add_argument("--schedule", choices=["triangle", "constant"], default="triangle",
                        help="the learning rate rises in the first tenth of the steps and falls to "
-                       "zero in the rest, or is constant (default: %(default)s)")
-    common.add_common_arguments(parser)
-    parser.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
-                        "holds something gets a suffix (default: runs/vae-z20 for --z-dim 20)")
-    parser.add_argument("--eval", metavar="DIR", help="print the test figures of the run in DIR "
-                        "and draw its pictures, without training")
+                       f"zero in the rest (with AdamW), or is constant (with Adam) {default}")
+    group.add_argument("--seed", type=common.integer(0), default=42,
+                       help=f"of the weights, the order of the data and the noise {default}")
+    group = parser.add_argument_group("data, device and run")
+    group.add_argument("--dataset", choices=common.DATASETS, help="default: mnist, or the built-in "
+                       "glyphs where it can be neither found nor downloaded")
+    group.add_argument("--data-dir", default="data", metavar="DIR",
+                       help=f"where the dataset is, or is downloaded to {default}")
+    group.add_argument("--limit", type=common.integer(1), metavar="N", help="a quick try: only N "
+                       "training images and N / 10 of validation and test (default: all)")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                       help=f"auto takes cuda, else mps, else cpu {default}")
+    group.add_argument("--no-amp", action="store_true", help="train in float32 on CUDA, without "
+                       "the autocast to bfloat16 or float16 (elsewhere it is float32 anyway)")
+    group.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
+                       "holds something gets a suffix (default: runs/vae-z20 for --z-dim 20)")
+    group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
+                       "arguments; only --device and --data-dir may be given beside it")
+    group.add_argument("--eval", metavar="DIR", help="print the test figures of the run in DIR and "
+                       "draw its pictures, without training")
     parser.set_defaults(script="vae.py")
     return common.parse_run_args(parser, argv, run_args)
 
@@ -430,29 +443,27 @@ def parse_args(argv=None, run_args=None):
 @common.command("vae.py")
 def main(argv=None):
     args, state = parse_args(argv), None
-    if args.resume is not None:
-        run, name = Path(args.resume), "last.pt"
-    elif args.eval is not None:
-        run, name = Path(args.eval), "best.pt"
     if args.resume is not None or args.eval is not None:
+        run, name = (args.eval, "best.pt") if args.resume is None else (args.resume, "last.pt")
+        run = Path(run)
         state = common.load_checkpoint(run / name, "vae.py")
         args = parse_args(argv, state["args"])  # the run's own, but for what is given now
     device, dtype = common.pick_device(args.device, not args.no_amp)
-    data = common.load_images(args.dataset, args.data_dir, args.limit, device)
+    data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
     # To 4 bits: x >> 4 is floor(x / 255 * 16), clamped to 15, for each of the 256 values.
     data = data._replace(train=data.train >> 4, val=data.val >> 4, test=data.test >> 4)
+    stand_in = data.name == "glyphs" and args.dataset is None
+    args.dataset = data.name
 
     torch.manual_seed(args.seed)
     model = VAE(args.z_dim, args.num_filters)
     if state:
         model.load_state_dict(state["model"])
-    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    stand_in = data.name == "glyphs" and args.dataset is None
-    if not state:
+    else:
         suffix = "" if data.name == "mnist" else f"-{data.name}"
         run = common.new_run_folder(args.out_dir or f"runs/vae-z{args.z_dim}{suffix}")
-        args.dataset = data.name
         common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
+    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     heading = f"VAE, z {args.z_dim}, {data.name}"
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
@@ -460,15 +471,14 @@ def main(argv=None):
           f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps; "
           f"-> {run}", flush=True)
 
-    if not args.eval:
-        rows = train(model, data, args, run, dtype, heading, state)
+    if args.eval is None:
+        rows = fit(model, data, args, run, dtype, heading, state)
         state = common.load_checkpoint(run / "best.pt", "vae.py")
         model.load_state_dict(state["model"])
-
-    results = report_test(model, data)
+    results = report_test(model, data.test)
     epoch = state["step"] // steps_per_epoch
     draw_pictures(model, data.test, data.test_labels, run, heading, epoch)
-    if not args.eval:
+    if args.eval is None:
         draw_curves(rows, run, heading, results["test_bpd"])
         results |= {"epoch": epoch, "seconds": rows[-1]["seconds"], "device": str(device),
                     "torch": torch.__version__}
