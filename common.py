@@ -374,7 +374,11 @@ def save_image(path, image, title):
 
 
 def save_curves(path, title, ylabel, epochs, curves, levels):
-    """`curves`: name -> one value an epoch; `levels`: name -> one value or None, a dashed line."""
+    """`curves`: name -> one value an epoch; `levels`: name -> one value or None, a dashed line.
+
+    The scale is that of the second epoch on: a mean over the first still has the untrained
+    model in it.
+    """
     figure = new_figure(7, 4, title)
     axes = figure.add_subplot(xlabel="epoch", ylabel=ylabel)
     for name, values in curves.items():
@@ -382,6 +386,11 @@ def save_curves(path, title, ylabel, epochs, curves, levels):
     for name, value in levels.items():
         if value is not None:
             axes.axhline(value, color="k", linestyle="--", linewidth=1, label=f"{name} {value:.4f}")
+    later = [value for values in curves.values() for value in values[1:] or values]
+    later += [value for value in levels.values() if value is not None]
+    margin = 0.05 * (max(later) - min(later))
+    axes.set_ylim(min(later) - margin, max(later) + margin)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -256,8 +256,9 @@ def draw_pictures(model, images, labels, run, heading, epoch):
     else:
         kl = kl_divergence(mean.unsqueeze(-1), log_std.unsqueeze(-1)).mean(0)  # [D]
         figure = common.new_figure(7, 4, f"{heading}: KL of each latent dimension")
-        axes = figure.add_subplot(xlabel="latent dimension, sorted", ylabel="nats per image")
-        axes.bar(range(model.z_dim), kl.sort(descending=True).values)
+        axes = figure.add_subplot(xlabel="latent dimensions, sorted", ylabel="nats per image")
+        axes.bar(range(1, model.z_dim + 1), kl.sort(descending=True).values)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(run / "kl.png")
 
 
