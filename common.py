@@ -1,4 +1,4 @@
-"""What the three scripts share and no model owns.
+"""What the scripts share and no model owns.
 
 Errors that a person can act on · device and precision · seeds · images in memory ·
 the run folder, its metrics and its checkpoints · pictures. There is nothing here to learn
@@ -56,8 +56,8 @@ def integer(minimum):
     """An argparse type: an integer of at least `minimum`."""
 
     def parse(text):
-        if (value := int(text)) < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        if not minimum <= (value := int(text)) < 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is out of range (from {minimum})")
         return value
 
     parse.__name__ = "integer"  # argparse says "invalid integer value: 'two'"
@@ -121,7 +121,7 @@ def pick_device(name, amp):
         name = next(device for device, is_there in there.items() if is_there)
     if not there[name]:
         raise UserError(f"--device {name}: this machine (or this build of torch) has none; "
-                        "leave the flag out to use what is there")
+                        "--device auto takes what is there")
     dtype = torch.float32
     if name == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions have it already
@@ -153,8 +153,9 @@ RAW_FILES = {
     "t10k-images-idx3-ubyte": ("2646ac647ad5339dbf082846283269ea", (10_000, 28, 28)),
     "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", (10_000,)),
 }
-FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's names
-DATASETS = [*FOLDERS, "glyphs"]
+# torchvision's names: of the classes, of the folders that they download to, and in our titles
+TITLES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS = [*TITLES, "glyphs"]
 TIMEOUT = 15  # seconds that a download waits for an answer
 
 
@@ -197,11 +198,11 @@ def read_torchvision(dataset, data_dir):
 
     Raises UserError for files that are damaged, ConnectionError for a failed download.
     """
-    raw = data_dir / FOLDERS[dataset] / "raw"
+    raw = data_dir / TITLES[dataset] / "raw"
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder")
     if not all((raw / name).exists() for name in RAW_FILES):
-        download(FOLDERS[dataset], data_dir)
+        download(TITLES[dataset], data_dir)
     arrays = []
     for name, (md5, shape) in RAW_FILES.items():
         content = (raw / name).read_bytes()

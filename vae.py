@@ -55,9 +55,9 @@ class Encoder(nn.Module):
             nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.GELU(),      # 14x14 -> 7x7
             nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.GELU(),            # 7x7
             nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1), nn.GELU(),  # 7x7 -> 4x4
-            nn.Flatten())                                                # [B, 2c * 16]
-        self.mean = nn.Linear(2 * c * 16, z_dim)
-        self.log_std = nn.Linear(2 * c * 16, z_dim)
+            nn.Flatten())                                                # [B, 2c * 4 * 4]
+        self.mean = nn.Linear(2 * c * 4 * 4, z_dim)
+        self.log_std = nn.Linear(2 * c * 4 * 4, z_dim)
 
     def forward(self, x):
         h = self.net(x / 15)  # integers 0..15 -> floats 0..1
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         c = num_filters
         up = dict(kernel_size=3, stride=2, padding=1)
         self.net = nn.Sequential(
-            nn.Linear(z_dim, 2 * c * 16), nn.GELU(),
+            nn.Linear(z_dim, 2 * c * 4 * 4), nn.GELU(),
             nn.Unflatten(1, (2 * c, 4, 4)),
             nn.ConvTranspose2d(2 * c, 2 * c, output_padding=0, **up), nn.GELU(),  # 4x4 -> 7x7
             nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.GELU(),                     # 7x7
@@ -218,11 +218,11 @@ def visualize_manifold(decoder, grid_size=20):
     The points are the percentiles (i + 0.5) / grid_size of the prior, z[0] growing to the right
     and z[1] upwards. -> one image [grid_size * 28, grid_size * 28] in [0, 1]
     """
-    device = next(decoder.parameters()).device
-    percentiles = (torch.arange(grid_size, device=device) + 0.5) / grid_size
+    percentiles = (torch.arange(grid_size) + 0.5) / grid_size
     ticks = torch.special.ndtri(percentiles)  # the normal distribution's inverse CDF
     z1, z0 = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
-    images = mean_image(decoder(torch.stack([z0.flatten(), z1.flatten()], 1)))
+    z = torch.stack([z0.flatten(), z1.flatten()], 1)  # [grid_size**2, 2]
+    images = mean_image(decoder(z.to(next(decoder.parameters()).device)))
     rows = images.view(grid_size, grid_size, 28, 28).transpose(1, 2)  # [row, y, column, x]
     return rows.reshape(grid_size * 28, grid_size * 28)
 
@@ -242,7 +242,9 @@ def draw_pictures(model, images, labels, run, heading, epoch):
     common.save_image(run / "reconstructions.png", common.tile(pairs, len(originals)),
                       f"{heading}: originals and reconstructions, epoch {epoch}")
 
-    mean, log_std = (t.cpu() for t in model.encoder(images))  # [N, D]
+    posteriors = [model.encoder(x) for x in images.split(500)]
+    mean = torch.cat([mean for mean, _ in posteriors]).cpu()  # [N, D]
+    log_std = torch.cat([log_std for _, log_std in posteriors]).cpu()  # [N, D]
     if model.z_dim == 2:
         common.save_image(run / "manifold.png", visualize_manifold(model.decoder),
                           f"{heading}: the decoder's mean over the prior's percentiles")
@@ -254,6 +256,7 @@ def draw_pictures(model, images, labels, run, heading, epoch):
         figure.legend(markerscale=4, loc="outside right center")
         figure.savefig(run / "latents.png")
     else:
+        # kl_divergence sums over the last dimension; over one of size 1 it leaves D as it is.
         kl = kl_divergence(mean.unsqueeze(-1), log_std.unsqueeze(-1)).mean(0)  # [D]
         figure = common.new_figure(7, 4, f"{heading}: KL of each latent dimension")
         axes = figure.add_subplot(xlabel="latent dimensions, sorted", ylabel="nats per image")
@@ -360,8 +363,8 @@ def fit(model, data, args, run, dtype, heading, state=None):
             seconds += time.perf_counter() - began
             rows.append({"epoch": epoch, "step": step, "seconds": round(seconds, 2),
                          "images_per_s": round(images_per_s),
-                         **{f"train_{name}": train[name] for name in LOSSES},
-                         **{f"val_{name}": val[name] for name in LOSSES}})
+                         **{f"train_{name}": value for name, value in train.items()},
+                         **{f"val_{name}": value for name, value in val.items()}})
             if val["bpd"] < best:
                 best = val["bpd"]
                 save_best()
@@ -376,9 +379,8 @@ def fit(model, data, args, run, dtype, heading, state=None):
     return rows
 
 
-@torch.no_grad()
 def report_test(model, images):
-    """Print and return the figures of a finished model: bpd, and else nats per image."""
+    """Print and return the figures of a finished model, the estimates those of 1,000 images."""
     test = evaluate(model, images)
     print(f"test: {test['bpd']:.4f} bpd | rec {test['rec']:.1f} kl {test['kl']:.1f}")
     x = images[:1000]
@@ -395,7 +397,7 @@ def report_test(model, images):
           f"{estimates['lower_bound']:.1f} lower bound | "
           f"{estimates['importance_weighted']:.1f} importance-weighted, 64 draws | "
           f"{estimates['prior']:.1f} from 64 draws of the prior (Equation 8)", flush=True)
-    return {f"test_{name}": value for name, value in {**test, **estimates}.items()}
+    return {f"test_{name}": value for name, value in test.items()} | estimates
 
 
 def parse_args(argv=None, run_args=None):
@@ -429,8 +431,8 @@ def parse_args(argv=None, run_args=None):
                        "training images and N / 10 of validation and test (default: all)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                        help=f"auto takes cuda, else mps, else cpu {default}")
-    group.add_argument("--no-amp", action="store_true", help="train in float32 on CUDA, without "
-                       "the autocast to bfloat16 or float16 (elsewhere it is float32 anyway)")
+    group.add_argument("--no-amp", action="store_true", help="no autocast to bfloat16 or "
+                       "float16 on CUDA (elsewhere there is none anyway)")
     group.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
                        "holds something gets a suffix (default: runs/vae-z20 for --z-dim 20)")
     group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
@@ -466,7 +468,7 @@ def main(argv=None):
         common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
-    heading = f"VAE, z {args.z_dim}, {data.name}"
+    heading = f"VAE on {common.TITLES.get(data.name, data.name)}, z {args.z_dim}"
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; {len(data.train):,} train, {len(data.val):,} val, "
           f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps; "
