@@ -365,9 +365,9 @@ def tile(images, columns):
 
 
 def save_image(path, image, title):
-    """One grey-scale image [H, W] in [0, 1], two screen pixels or more for each of its own."""
+    """One grey-scale image [H, W] in [0, 1], with about two screen pixels for each of its own."""
     height, width = image.shape
-    figure = new_figure(width / 50, height / 50 + 0.4, title)
+    figure = new_figure(width / 60, height / 60 + 0.6, title)
     axes = figure.add_subplot()
     axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()

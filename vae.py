@@ -137,9 +137,8 @@ def sample_reparameterize(mean, std):
 def reconstruction_loss(logits, x):
     """-log p(x|z): logits [B, K, 28, 28], x [B, 1, 28, 28] -> nats per image [B] (Equation 13)."""
     # Q1.5, why "reconstruction": it is how badly the one z that was drawn gives x back.
-    pixels = logits.permute(0, 2, 3, 1).reshape(-1, NUM_VALUES)  # [B * 784, K]
-    loss = F.cross_entropy(pixels, x.reshape(-1).long(), reduction="none")
-    return loss.view(len(x), -1).sum(1)
+    loss = F.cross_entropy(logits, x.squeeze(1).long(), reduction="none")  # [B, 28, 28]
+    return loss.sum((1, 2))
 
 
 def kl_divergence(mean, log_std):
@@ -240,25 +239,24 @@ def draw_pictures(model, images, labels, run, heading, epoch):
     rebuilt = mean_image(model.decoder(model.encoder(originals)[0]))
     pairs = torch.cat([originals / 15, rebuilt])
     common.save_image(run / "reconstructions.png", common.tile(pairs, len(originals)),
-                      f"{heading}: originals and reconstructions, epoch {epoch}")
+                      f"{heading}\noriginals and reconstructions, epoch {epoch}")
 
     posteriors = [model.encoder(x) for x in images.split(500)]
     mean = torch.cat([mean for mean, _ in posteriors]).cpu()  # [N, D]
     log_std = torch.cat([log_std for _, log_std in posteriors]).cpu()  # [N, D]
     if model.z_dim == 2:
         common.save_image(run / "manifold.png", visualize_manifold(model.decoder),
-                          f"{heading}: the decoder's mean over the prior's percentiles")
-        figure = common.new_figure(6, 6, f"{heading}: posterior means of {len(images):,} images")
+                          f"{heading}\nthe decoder's mean image over the prior's percentiles")
+        figure = common.new_figure(6, 6, f"{heading}\nposterior means of {len(images):,} images")
         axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal")
         axes.set(xlim=(-4, 4), ylim=(-4, 4))
-        for digit in range(10):
-            axes.scatter(*mean[labels == digit].T, s=3, color=f"C{digit}", label=str(digit))
-        figure.legend(markerscale=4, loc="outside right center")
+        points = axes.scatter(*mean.T, c=labels, s=2, cmap="tab10", vmin=0, vmax=9)
+        figure.legend(*points.legend_elements(), loc="outside right center")
         figure.savefig(run / "latents.png")
     else:
         # kl_divergence sums over the last dimension; over one of size 1 it leaves D as it is.
         kl = kl_divergence(mean.unsqueeze(-1), log_std.unsqueeze(-1)).mean(0)  # [D]
-        figure = common.new_figure(7, 4, f"{heading}: KL of each latent dimension")
+        figure = common.new_figure(7, 4, f"{heading}\nKL of each latent dimension")
         axes = figure.add_subplot(xlabel="latent dimensions, sorted", ylabel="nats per image")
         axes.bar(range(1, model.z_dim + 1), kl.sort(descending=True).values)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -268,7 +266,7 @@ def draw_pictures(model, images, labels, run, heading, epoch):
 def draw_curves(rows, run, heading, test_bpd=None):
     """The bound by epoch, and the test value as a line once it is known (Q1.7)."""
     curves = {name: [row[f"{name}_bpd"] for row in rows] for name in ("train", "val")}
-    common.save_curves(run / "bpd.png", f"{heading}: the lower bound", "bits per dimension",
+    common.save_curves(run / "bpd.png", f"{heading}\nthe lower bound", "bits per dimension",
                        [row["epoch"] for row in rows], curves, {"test": test_bpd})
 
 
