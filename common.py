@@ -49,6 +49,7 @@ def command(script):
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -228,8 +229,9 @@ def download(folder, data_dir):
     try:
         import torchvision  # here, as a torchvision that was not built for this torch won't load
 
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+        # On the disk of data_dir, which is made only when there is something to put into it.
+        near = next(path for path in (data_dir, *data_dir.absolute().parents) if path.is_dir())
+        with tempfile.TemporaryDirectory(dir=near) as temporary:
             getattr(torchvision.datasets, folder)(temporary, download=True)
             raw = data_dir / folder / "raw"
             raw.mkdir(parents=True, exist_ok=True)
@@ -283,7 +285,11 @@ def new_run_folder(path):
     for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
         folder = Path(f"{path}{suffix}")
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"the folder {folder} cannot be made ({error.strerror}): "
+                                "pass another --out-dir") from error
             return folder
 
 
