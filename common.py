@@ -178,7 +178,7 @@ def load_mnist(dataset, data_dir, limit, device):
     Raises UserError for damaged files, and for a named dataset that cannot be had.
     """
     try:
-        images, labels = draw_glyphs() if dataset == "glyphs" else read_torchvision(
+        images, labels = draw_glyphs() if dataset == "glyphs" else read_files(
             dataset or "mnist", Path(data_dir))
     except ConnectionError as error:
         if dataset:
@@ -194,7 +194,7 @@ def load_mnist(dataset, data_dir, limit, device):
                   labels[val], images[test].to(device), labels[test])
 
 
-def read_torchvision(dataset, data_dir):
+def read_files(dataset, data_dir):
     """-> images [70000, 1, 28, 28] and labels [70000], the 10,000 of the test set last
 
     Raises UserError for files that are damaged, ConnectionError for a failed download.
@@ -229,7 +229,7 @@ def download(folder, data_dir):
     try:
         import torchvision  # here, as a torchvision that was not built for this torch won't load
 
-        # On the disk of data_dir, which is made only when there is something to put into it.
+        # In data_dir, or near it where it is not there yet: a download that fails makes no folder.
         near = next(path for path in (data_dir, *data_dir.absolute().parents) if path.is_dir())
         with tempfile.TemporaryDirectory(dir=near) as temporary:
             getattr(torchvision.datasets, folder)(temporary, download=True)
