@@ -312,7 +312,7 @@ def save_checkpoint(path, state):
     """
     if not all(weights.isfinite().all() for weights in state["model"].values()):
         raise UserError(f"the model is not finite after step {state['step']}: start again with "
-                        f"a lower --lr ({path} keeps the last good model)")
+                        f"a lower learning rate ({path} keeps the last good model)")
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -359,7 +359,7 @@ def new_figure(width, height, title):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")  # the first line of some titles is long
     return figure
 
 

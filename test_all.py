@@ -35,6 +35,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 
+import aae
 import common
 import vae
 
@@ -285,6 +286,202 @@ class VAEMathematics(unittest.TestCase):
         self.assertGreater(bpd.item(), 3)
         self.assertEqual(pasted["log_likelihood"](model, self.images[:2], 3).shape, (2,))
         self.assertEqual(pasted["visualize_manifold"](model.decoder, 3).shape, (84, 84))
+
+
+class AAEMathematics(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.x = aae.to_float(GLYPHS[0][:64])
+
+    def test_zero_parameters_give_ln_2_and_no_error_on_zero_images(self):
+        model = aae.AdversarialAE()
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        x = torch.zeros(64, 1, 28, 28)
+        recon, z = model(x)
+        loss, rec, gen = model.autoencoder_loss(x, recon, z, lam=0.995)
+        disc, accuracy = model.discriminator_loss(z)
+        self.assertEqual(rec.item(), 0)
+        self.assertAlmostEqual(gen.item(), math.log(2), delta=1e-6)
+        self.assertAlmostEqual(disc.item(), math.log(2), delta=1e-6)
+        self.assertAlmostEqual(loss.item(), 0.005 * math.log(2), delta=1e-8)
+        self.assertEqual(accuracy.item(), 0.5)
+
+    def test_shapes_and_ranges(self):
+        for z_dim, posterior in itertools.product((1, 2, 20), aae.POSTERIORS):
+            model = aae.AdversarialAE(z_dim, posterior)
+            recon, z = model(self.x[:3])
+            self.assertEqual((recon.shape, z.shape), ((3, 1, 28, 28), (3, z_dim)))
+            self.assertEqual(model.discriminator(z).shape, (3, 1))
+            self.assertEqual(model.sample(5).shape, (5, 1, 28, 28))
+            self.assertLessEqual(model.decoder(100 * z).abs().max().item(), 1)
+        self.assertEqual((self.x.min().item(), self.x.max().item()), (-1, 1))
+
+    def test_the_losses_are_those_of_equation_15(self):
+        torch.manual_seed(0)
+        model = aae.AdversarialAE()
+        recon, z = model(self.x)
+        logits = model.discriminator(z)
+        bce, ones = nn.functional.binary_cross_entropy_with_logits, torch.ones(64, 1)
+        for lam in (0, 0.3, 1):
+            loss, rec, gen = model.autoencoder_loss(self.x, recon, z, lam)
+            torch.testing.assert_close(rec, ((recon - self.x)**2).sum() / (64 * 784))
+            torch.testing.assert_close(gen, bce(logits, ones))
+            torch.testing.assert_close(loss, lam * rec + (1 - lam) * gen)
+        torch.manual_seed(1)
+        prior = torch.randn_like(z)
+        torch.manual_seed(1)
+        disc, _ = model.discriminator_loss(z)
+        real = bce(model.discriminator(prior), ones)
+        torch.testing.assert_close(disc, (real + bce(logits, 0 * ones)) / 2)
+
+    def test_accuracy_counts_both_halves(self):
+        model = aae.AdversarialAE(z_dim=1)
+        for slope, z, expected in ((1, -5., 0.75), (1, 5., 0.25), (0, 5., 0.5)):
+            model.discriminator.forward = lambda z, slope=slope: slope * z  # draws: half above 0
+            _, accuracy = model.discriminator_loss(torch.full((100_000, 1), z))
+            self.assertAlmostEqual(accuracy.item(), expected, delta=0.01)
+
+    def test_each_phase_reaches_all_of_its_parameters(self):
+        for posterior in aae.POSTERIORS:
+            model = aae.AdversarialAE(posterior=posterior)
+            recon, z = model(self.x)
+            model.discriminator_loss(z.detach())[0].backward()
+            for name, parameter in model.named_parameters():
+                if name.startswith("discriminator"):
+                    self.assertGreater(parameter.grad.abs().sum().item(), 0, name)
+                else:
+                    self.assertIsNone(parameter.grad, name)
+            model.autoencoder_loss(self.x, recon, z, lam=0.995)[0].backward()
+            for name, parameter in model.named_parameters():
+                self.assertGreater(parameter.grad.abs().sum().item(), 0, (posterior, name))
+
+    def test_the_three_posteriors(self):
+        x = self.x[:1].expand(5_000, -1, -1, -1)
+        for posterior in aae.POSTERIORS:
+            torch.manual_seed(0)
+            encoder = aae.AdversarialAE(2, posterior).encoder
+            with torch.no_grad():
+                z = encoder(x[:200])
+                if posterior == "deterministic":
+                    self.assertLess(z.std(0).max().item(), 1e-5)
+                else:
+                    self.assertGreater(z.std(0).min().item(), 1e-3)
+                if posterior == "gaussian":
+                    encoder.out.weight.zero_()
+                    encoder.out.bias.copy_(torch.tensor([1., -2., math.log(0.5), 0.]))
+                    z = encoder(x)
+                    torch.testing.assert_close(z.mean(0), torch.tensor([1., -2]), atol=0.05, rtol=0)
+                    torch.testing.assert_close(z.std(0), torch.tensor([0.5, 1]), atol=0.02, rtol=0)
+                    encoder.out.bias.fill_(1e4)
+                    self.assertTrue(encoder(x[:10]).isfinite().all())
+
+    def test_samples_are_decoded_draws_of_the_prior(self):
+        model = aae.AdversarialAE(z_dim=3)
+        torch.manual_seed(5)
+        samples = model.sample(4)
+        torch.manual_seed(5)
+        torch.testing.assert_close(samples, model.decoder(torch.randn(4, 3)))
+
+    def test_sliced_wasserstein_in_closed_form(self):
+        torch.manual_seed(0)
+        a = torch.randn(20_000, 1)
+        distance = aae.sliced_wasserstein
+        self.assertAlmostEqual(distance(a, a + 0.7, 50), 0.7, places=5)  # a shift
+        self.assertAlmostEqual(distance(a, a.flip(0), 50), 0, places=6)  # the same set
+        # E|2z| - E|z| for twice the spread
+        expected = math.sqrt(2 / math.pi)
+        self.assertAlmostEqual(distance(a, 2 * torch.randn(20_000, 1), 50), expected, delta=0.03)
+        a = torch.randn(2000, 2)
+        shifted = distance(a, a + torch.tensor([3., 4]), 10_000)  # 5 times the mean of |cos|
+        self.assertAlmostEqual(shifted, 5 * 2 / math.pi, delta=0.05)
+
+    def test_parzen_window_matches_torch_distributions_in_bounded_memory(self):
+        torch.manual_seed(0)
+        samples, x, sigma = torch.rand(30, 1, 28, 28), torch.rand(1001, 1, 28, 28), 0.2
+        normal = torch.distributions.Normal(samples.flatten(1).double(), sigma)
+        kernels = torch.distributions.Independent(normal, 1)
+        uniform = torch.distributions.Categorical(torch.ones(30))
+        mixture = torch.distributions.MixtureSameFamily(uniform, kernels)
+        with mock.patch.object(torch, "cdist", wraps=torch.cdist) as cdist:
+            estimate = aae.parzen_log_likelihood(samples, x, sigma)
+        torch.testing.assert_close(estimate.double(), mixture.log_prob(x.flatten(1).double()),
+                                   atol=0.02, rtol=0)
+        self.assertLessEqual(max(len(call.args[0]) for call in cdist.call_args_list), 500)
+
+    def test_training_brings_the_codes_to_the_prior_only_where_it_is_asked_to(self):
+        distances = {}
+        for lam in (0.9, 1):
+            torch.manual_seed(0)
+            model = aae.AdversarialAE(z_dim=2)
+            autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
+            ae_optimizer = torch.optim.Adam(autoencoder, lr=1e-3)
+            d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=1e-3)
+            for images in GLYPHS[0][:60_000].split(64)[:250]:
+                x = aae.to_float(images)
+                recon, z = model(x)
+                ae_optimizer.zero_grad()
+                model.autoencoder_loss(x, recon, z, lam)[0].backward()
+                ae_optimizer.step()
+                d_optimizer.zero_grad()
+                model.discriminator_loss(z.detach())[0].backward()
+                d_optimizer.step()
+            mse, codes = aae.evaluate(model, GLYPHS[0][60_000:61_000])
+            distances[lam] = aae.sliced_wasserstein(codes, torch.randn_like(codes), 50)
+            self.assertLess(mse, 0.35)  # 0.43: each pixel's mean over the images
+        self.assertLess(distances[0.9], 0.3)
+        self.assertGreater(distances[1], 0.6)
+
+    def test_evaluation_weighs_each_image_the_same_and_leaves_no_gradient(self):
+        torch.manual_seed(0)
+        model, images = aae.AdversarialAE(posterior="gaussian"), GLYPHS[0][:501]
+        mse, codes = aae.evaluate(model, images)
+        self.assertEqual((mse, codes.shape), (aae.evaluate(model, images)[0], (501, 8)))
+        self.assertFalse(codes.requires_grad)
+        x = aae.to_float(images)
+        expected = ((model.decoder(codes) - x)**2).mean().item()
+        self.assertAlmostEqual(mse, expected, places=5)
+        moments = aae.code_moments(codes)
+        self.assertAlmostEqual(moments["code_mean_max"], codes.mean(0).max().item(), places=6)
+        self.assertEqual(aae.code_moments(codes[:1])["code_std_max"], 0)
+
+    def test_manifold_lays_the_percentiles_out_left_to_right_and_bottom_to_top(self):
+        decoder = nn.Linear(2, 2)  # the identity
+        nn.init.eye_(decoder.weight)
+        nn.init.zeros_(decoder.bias)
+        z = aae.visualize_manifold(decoder, grid_size=20).view(20, 20, 2)
+        self.assertTrue((z[:, 1:, 0] > z[:, :-1, 0]).all() and (z[:-1, :, 1] > z[1:, :, 1]).all())
+        percentiles = torch.distributions.Normal(0, 1).cdf(z)
+        expected = (torch.arange(20) + 0.5) / 20
+        torch.testing.assert_close(percentiles[0, :, 0], expected)
+        torch.testing.assert_close(percentiles[:, 0, 1], expected.flip(0))
+
+    def test_bfloat16_autocast_changes_the_losses_by_little(self):
+        torch.manual_seed(0)
+        model = aae.AdversarialAE()
+
+        def losses():
+            torch.manual_seed(1)
+            recon, z = model(self.x)
+            return *model.autoencoder_loss(self.x, recon, z, 0.9), model.discriminator_loss(z)[0]
+
+        exact = losses()
+        with torch.autocast("cpu", torch.bfloat16):
+            fast = losses()
+        for a, b in zip(exact, fast, strict=True):
+            self.assertEqual(b.dtype, torch.float32)
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0)
+
+    def test_networks_and_losses_run_when_pasted_with_torch_alone(self):
+        pasted = paste(HERE / "aae.py", [
+            "AdversarialAE", "parzen_log_likelihood", "sliced_wasserstein", "visualize_manifold"])
+        model = pasted["AdversarialAE"](z_dim=2, posterior="universal")
+        recon, z = model(self.x)
+        model.autoencoder_loss(self.x, recon, z, 0.995)[0].backward()
+        model.discriminator_loss(z.detach())[0].backward()
+        self.assertEqual(pasted["parzen_log_likelihood"](self.x, self.x, 0.2).shape, (64,))
+        self.assertGreater(pasted["sliced_wasserstein"](z, torch.randn_like(z), 10), 0)
+        self.assertEqual(len(pasted["visualize_manifold"](model.decoder, 3)), 9)
 
 
 def paste(path, names):
@@ -552,29 +749,33 @@ class Datasets(TemporaryFolder):
         self.assertEqual(saved["dataset"], "glyphs")
 
 
-class CommandLine(TemporaryFolder):
+class CommandLine:
+    """What the scripts that train on images have in common; `module` is one of them."""
+
     def assert_refused(self, *argv, saying=""):
         before = snapshot(".")
-        status, out, err = run_main(vae.main, *argv)
+        status, out, err = run_main(self.module.main, *argv)
         self.assertEqual((status, out), (2, ""), argv)
-        self.assertRegex(err.splitlines()[-1], f"^vae.py: error: .*{saying}")
+        self.assertRegex(err.splitlines()[-1], f"^{self.module.__name__}.py: error: .*{saying}")
         self.assertNotIn("Traceback", err)
         self.assertEqual(snapshot("."), before)
 
     def test_bad_values_are_answered_in_one_line(self):
         Path("a_file").touch()
+        rate = self.rates[0]
         for argv, saying in (
+                *self.bad_values,
                 (["--z-dim", "0"], "--z-dim: 0 is out of range"),
                 (["--z-dim", "two"], "--z-dim: invalid integer value: 'two'"),
                 (["--epochs", "-1"], "--epochs: -1 is out of range"),
-                (["--lr", "-1"], "--lr: -1 is not a positive number"),
-                (["--lr", "nan"], "--lr: nan is not a positive number"),
+                ([rate, "-1"], f"{rate}: -1 is not a positive number"),
+                ([rate, "nan"], f"{rate}: nan is not a positive number"),
                 (["--batch-size", "0"], "--batch-size: 0 is out of range"),
                 (["--seed", "-1"], "--seed: -1 is out of range"),
                 (["--seed", 10**30], "--seed: 1000000000000000000000000000000 is out of range"),
                 (["--limit", "0"], "--limit: 0 is out of range"),
                 (["--z", "2"], "unrecognized arguments: --z 2"),  # no abbreviations
-                (["--schedule", "cosine"], "invalid choice: 'cosine'"),
+                (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
                 (["--data-dir", "a_file"], "a_file is not a folder"),
                 ([*SHORT, "--out-dir", "a_file/run"], "a_file/run cannot be made")):
             with self.subTest(" ".join(map(str, argv))):
@@ -587,51 +788,96 @@ class CommandLine(TemporaryFolder):
     def test_folders_that_cannot_be_resumed(self):
         Path("empty").mkdir()
         self.assert_refused("--resume", "empty", saying="last.pt is not there")
-        self.assert_refused("--eval", "nowhere", saying="best.pt is not there")
+        self.assert_refused("--eval", "nowhere", saying=f"{self.evaluated} is not there")
         Path("empty/last.pt").write_bytes(b"half a check")
         self.assert_refused("--resume", "empty", saying="last.pt is damaged")
-        common.save_checkpoint(Path("empty/last.pt"), {"model": {}, "args": {"script": "aae.py"}})
-        self.assert_refused("--resume", "empty", saying="was written by aae.py")
+        common.save_checkpoint(Path("empty/last.pt"), {"model": {}, "args": {"script": "gpt.py"}})
+        self.assert_refused("--resume", "empty", saying="was written by gpt.py")
         for flag in ("--resume", "--eval"):
             self.assert_refused(flag, "empty", "--z-dim", 20, saying="leave out --z-dim")
             self.assert_refused(flag, "empty", "--no-amp", saying="leave out --no-amp")
         self.assert_refused("--eval", "a", "--resume", "a", saying="leave out --")
 
+    def short_run(self, *argv):
+        """-> the folder, printed lines, metrics and test figures of a run of 2 epochs, which
+        --eval has been shown to leave as they are"""
+        status, out, err = run_main(self.module.main, *SHORT, "--epochs", 2, *argv)
+        self.assertEqual((status, err), (0, ""))
+        lines = out.splitlines()
+        run = Path(lines[-1])
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual([(row["epoch"], row["step"]) for row in rows], [(1, 4), (2, 8)])
+        test = json.loads((run / "test.json").read_text())
+        self.assertEqual(test["epoch"], 2)
+        files = sorted(os.listdir(run))
+        pictures = {path: path.read_bytes() for path in run.glob("*.png")}
+        for path in pictures:
+            path.unlink()
+        status, out, err = run_main(self.module.main, "--eval", run)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual(out.splitlines()[1:], lines[lines.index(out.splitlines()[1]):])
+        self.assertEqual(json.loads((run / "test.json").read_text()), test)
+        drawn = {path.name for path in run.glob("*.png")}
+        self.assertTrue(drawn)
+        for name in drawn:
+            self.assertEqual((run / name).read_bytes(), pictures[run / name], name)
+        return run, files, rows, test
+
+    def test_a_second_run_gets_a_folder_of_its_own_and_the_same_weights(self):
+        for name in ("a", "a-2"):
+            run_main(self.module.main, *SHORT, "--epochs", 1, "--out-dir", "a")
+            self.assertTrue(Path(name, "test.json").exists())
+        first, second = (self.last_of(run) for run in ("a", "a-2"))
+        self.assertEqual(differences(first["model"], second["model"]), [])
+
+    def last_of(self, run):
+        return common.load_checkpoint(Path(run, "last.pt"), f"{self.module.__name__}.py")
+
+    def test_the_learning_rates_follow_the_schedule(self):
+        """Optimizers are told apart by their highest rates, which are all different."""
+        rates, step = [], self.optimizer.step
+
+        def record(optimizer, *arguments):
+            rates.append(optimizer.param_groups[0]["lr"])
+            return step(optimizer, *arguments)
+
+        highest = [0.01, 0.02][:len(self.rates)]
+        flags = [word for flag in zip(self.rates, highest, strict=True) for word in flag]
+        with mock.patch.object(self.optimizer, "step", record):
+            run_main(self.module.main, *SHORT, "--batch-size", 10, "--epochs", 1, *flags)
+        self.assertEqual(len(rates), 20 * len(highest))
+        for i, peak in enumerate(highest):
+            own = rates[i::len(highest)]
+            self.assertAlmostEqual(own[0], peak / 4)
+            self.assertEqual(own.index(max(own)), 2)
+            self.assertEqual(own[2:], sorted(own[2:], reverse=True))
+            self.assertAlmostEqual(own[-1], peak * 0.5 / 18)
+
+    def test_images_per_step_that_do_not_divide_the_epoch(self):
+        status, out, err = run_main(self.module.main, *SHORT, "--batch-size", 130, "--epochs", 1)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.last_of(out.splitlines()[-1])["step"], 2)
+
+
+class VAECommandLine(CommandLine, TemporaryFolder):
+    module, evaluated, rates, optimizer = vae, "best.pt", ["--lr"], torch.optim.AdamW
+    bad_values = [(["--schedule", "cosine"], "invalid choice: 'cosine'")]
+
     def test_a_short_run_leaves_what_the_readme_says_and_evaluates_the_same(self):
         for z_dim, picture in ((2, "manifold.png latents.png"), (3, "kl.png")):
-            status, out, err = run_main(vae.main, *SHORT, "--z-dim", z_dim, "--epochs", 2)
-            self.assertEqual((status, err), (0, ""))
-            run = Path(f"runs/vae-z{z_dim}-glyphs")
-            self.assertEqual(out.splitlines()[-1], str(run))
-            self.assertEqual(sorted(os.listdir(run)), sorted((
+            run, files, rows, test = self.short_run("--z-dim", z_dim)
+            self.assertEqual(run, Path(f"runs/vae-z{z_dim}-glyphs"))
+            self.assertEqual(files, sorted((
                 "args.json metrics.jsonl last.pt best.pt test.json bpd.png reconstructions.png "
                 "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png " + picture
             ).split()))
-            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            self.assertEqual([(row["epoch"], row["step"]) for row in rows], [(1, 4), (2, 8)])
             self.assertEqual(set(rows[0]), set(
                 "epoch step seconds images_per_s train_bpd val_bpd train_rec train_kl val_rec "
                 "val_kl".split()))
             self.assertLess(rows[-1]["val_bpd"], 3.5)
-            test = json.loads((run / "test.json").read_text())
             best = common.load_checkpoint(run / "best.pt", "vae.py")
             self.assertEqual(best["val"], min(row["val_bpd"] for row in rows))
-            self.assertEqual((best["step"], test["epoch"]), (8, 2))
-            printed = [line for line in out.splitlines() if line.startswith(("test", "log p"))]
-            (run / "reconstructions.png").unlink()
-            status, out, err = run_main(vae.main, "--eval", run)
-            self.assertEqual((status, err), (0, ""))
-            self.assertEqual(printed, [line for line in out.splitlines()
-                                       if line.startswith(("test", "log p"))])
-            self.assertEqual(json.loads((run / "test.json").read_text()), test)
-            self.assertTrue((run / "reconstructions.png").exists())
-
-    def test_a_second_run_gets_a_folder_of_its_own_and_the_same_weights(self):
-        for name in ("a", "a-2"):
-            run_main(vae.main, *SHORT, "--epochs", 1, "--out-dir", "a")
-            self.assertTrue(Path(name, "test.json").exists())
-        first, second = (common.load_checkpoint(Path(f, "last.pt"), "vae.py") for f in ("a", "a-2"))
-        self.assertEqual(differences(first["model"], second["model"]), [])
+            self.assertEqual(best["step"], 8)
 
     def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(self):
         for folder, batch_size, saying in (("a", 64, "the model is not finite after step 4"),
@@ -640,36 +886,86 @@ class CommandLine(TemporaryFolder):
                                       "--schedule", "constant", "--epochs", 1, "--out-dir", folder)
             self.assertEqual(status, 2)
             self.assertRegex(err.splitlines()[-1], f"^vae.py: error: {saying}.*{folder}/last.pt")
-            last = common.load_checkpoint(Path(folder, "last.pt"), "vae.py")
+            last = self.last_of(folder)
             self.assertEqual(last["step"], 0)
             self.assertTrue(all(t.isfinite().all() for t in last["model"].values()))
 
-    def test_the_learning_rate_follows_the_schedule(self):
-        optimizers = {"triangle": torch.optim.AdamW, "constant": torch.optim.Adam}
-        for schedule, optimizer in optimizers.items():
-            rates, step = [], optimizer.step
+    def test_a_constant_learning_rate(self):
+        rates, step = [], torch.optim.Adam.step
 
-            def record(self, *arguments, rates=rates, step=step):
-                rates.append(self.param_groups[0]["lr"])
-                return step(self, *arguments)
+        def record(optimizer, *arguments):
+            rates.append(optimizer.param_groups[0]["lr"])
+            return step(optimizer, *arguments)
 
-            with mock.patch.object(optimizer, "step", record):
-                run_main(vae.main, *SHORT, "--batch-size", 10, "--epochs", 1, "--lr", 0.01,
-                         "--schedule", schedule)
-            self.assertEqual(len(rates), 20)
-            if schedule == "triangle":
-                self.assertAlmostEqual(rates[0], 0.01 / 4)
-                self.assertEqual(rates.index(max(rates)), 2)
-                self.assertEqual(rates[2:], sorted(rates[2:], reverse=True))
-                self.assertAlmostEqual(rates[-1], 0.01 * 0.5 / 18)
-            else:
-                self.assertEqual(set(rates), {0.01})
+        with mock.patch.object(torch.optim.Adam, "step", record):
+            run_main(vae.main, *SHORT, "--epochs", 1, "--lr", 0.01, "--schedule", "constant")
+        self.assertEqual(rates, [0.01] * 4)
 
-    def test_images_per_step_that_do_not_divide_the_epoch(self):
-        status, _, err = run_main(vae.main, *SHORT, "--batch-size", 130, "--epochs", 1)
-        self.assertEqual(status, 0, err)
-        row = json.loads(Path("runs/vae-z20-glyphs/metrics.jsonl").read_text())
-        self.assertEqual(row["step"], 2)
+
+class AAECommandLine(CommandLine, TemporaryFolder):
+    module, evaluated, rates, optimizer = aae, "last.pt", ["--ae-lr", "--d-lr"], torch.optim.Adam
+    bad_values = [(["--lam", "1.01"], "--lam: 1.01 is not between 0 and 1"),
+                  (["--lam", "-0.1"], "--lam: -0.1 is not between 0 and 1"),
+                  (["--lam", "nan"], "--lam: nan is not between 0 and 1"),
+                  (["--d-lr", "inf"], "--d-lr: inf is not a positive number"),
+                  (["--posterior", "normal"], "invalid choice: 'normal'")]
+
+    def test_a_short_run_leaves_what_the_readme_says_and_evaluates_the_same(self):
+        for flags, name, picture in (
+                (["--z-dim", 2], "aae-z2-lam0.995", "adversary.png manifold.png"),
+                (["--z-dim", 3, "--posterior", "universal"], "aae-z3-lam0.995-universal",
+                 "adversary.png"),
+                (["--lam", 1], "aae-z8-lam1", "")):
+            run, files, rows, test = self.short_run(*flags)
+            self.assertEqual(run, Path(f"runs/{name}-glyphs"))
+            self.assertEqual(files, sorted(
+                "args.json metrics.jsonl last.pt test.json mse.png codes.png".split()
+                + [f"{kind}_epoch_00{epoch}.png" for kind in ("samples", "reconstructions")
+                   for epoch in (0, 1, 2)] + picture.split()))
+            self.assertEqual(set(rows[0]), set(
+                "epoch step seconds images_per_s train_mse val_mse code_mean_min code_mean_max "
+                "code_std_min code_std_max".split()
+                + ["gen_loss", "disc_loss", "disc_accuracy"] * ("--lam" not in flags)))
+            self.assertEqual(len(self.last_of(run)["rows"]), 2)
+
+    def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(self):
+        for folder, flags, saying in (
+                ("a", ["--ae-lr", 1e30], "the model is not finite after step 4"),
+                ("b", ["--ae-lr", 1e30, "--batch-size", 4], "a loss is not finite by step 50"),
+                ("c", ["--d-lr", 1e30, "--batch-size", 4], "a loss is not finite by step 50")):
+            status, _, err = run_main(
+                aae.main, *SHORT, *flags, "--epochs", 1, "--out-dir", folder)
+            self.assertEqual(status, 2)
+            self.assertRegex(err.splitlines()[-1], f"^aae.py: error: {saying}.*{folder}/last.pt")
+            last = self.last_of(folder)
+            self.assertEqual(last["step"], 0)
+            self.assertTrue(all(t.isfinite().all() for t in last["model"].values()))
+
+    def test_each_phase_moves_its_own_networks_alone(self):
+        run_main(aae.main, *SHORT, "--epochs", 1, "--out-dir", "both")
+        run_main(aae.main, *SHORT, "--epochs", 1, "--out-dir", "ae", "--d-lr", 1e-30)
+        run_main(aae.main, *SHORT, "--epochs", 1, "--out-dir", "d", "--ae-lr", 1e-30)
+        torch.manual_seed(42)
+        start = aae.AdversarialAE().state_dict()
+        discriminator = {name for name in start if name.startswith("discriminator")}
+        for run, moved in (("both", set(start)), ("ae", set(start) - discriminator),
+                           ("d", discriminator)):
+            self.assertEqual(set(differences(start, self.last_of(run)["model"])), moved)
+
+    def test_the_plain_autoencoder_trains_no_discriminator(self):
+        run_main(aae.main, *SHORT, "--epochs", 1, "--out-dir", "run", "--lam", 1)
+        torch.manual_seed(42)
+        start = aae.AdversarialAE().discriminator.state_dict()
+        model = aae.AdversarialAE()
+        model.load_state_dict(self.last_of("run")["model"])
+        self.assertEqual(differences(start, model.discriminator.state_dict()), [])
+
+    def test_without_reconstruction_the_decoder_stays_as_it_was(self):
+        run_main(aae.main, *SHORT, "--epochs", 1, "--out-dir", "run", "--lam", 0)
+        torch.manual_seed(42)
+        start = aae.AdversarialAE().state_dict()
+        moved = differences(start, self.last_of("run")["model"])
+        self.assertEqual({name.split(".")[0] for name in moved}, {"encoder", "discriminator"})
 
 
 def differences(a, b):
@@ -677,49 +973,57 @@ def differences(a, b):
     return [name for name in a | b if not torch.equal(a[name], b[name])]
 
 
-class Resuming(TemporaryFolder):
+class Resuming:
     """Real processes, really killed."""
 
+    ARGV = ["--dataset", "glyphs", "--limit", 3000, "--batch-size", 20, "--epochs", 3,
+            "--device", "cpu"]
+
     def start(self, *argv):
-        return subprocess.Popen([sys.executable, HERE / "vae.py", *map(str, argv)],
+        return subprocess.Popen([sys.executable, self.module.__file__, *map(str, argv)],
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    ARGV = ["--dataset", "glyphs", "--limit", 3000, "--batch-size", 20, "--epochs", 3,
-            "--num-filters", 8, "--device", "cpu"]
+    def last_of(self, run):
+        return common.load_checkpoint(Path(run, "last.pt"), f"{self.module.__name__}.py")
 
     def test_killed_at_five_random_instants_and_resumed_ends_bit_for_bit_the_same(self):
-        run_main(vae.main, *self.ARGV, "--out-dir", "whole")
+        run_main(self.module.main, *self.ARGV, "--out-dir", "whole")
         instants = random.Random(0)
         arguments = [*self.ARGV, "--out-dir", "killed"]
-        for line_before in ("epoch   0/3", "epoch   0/3", "epoch   1/3", "epoch   2/3", "VAE on"):
+        for line_before in ("epoch   0/3", "epoch   0/3", "epoch   1/3", "epoch   2/3",
+                            "(VAE|AAE) on"):
             process = self.start(*arguments)
-            while not process.stdout.readline().startswith(line_before):
+            while not re.match(line_before, process.stdout.readline()):
                 self.assertIsNone(process.poll(), f"ended before {line_before!r}")
             time.sleep(instants.uniform(0, 0.8))
             process.kill()
             process.communicate()
             self.assertEqual(process.returncode, -signal.SIGKILL, "it had ended already")
             arguments = ["--resume", "killed"]
-        status, out, err = run_main(vae.main, "--resume", "killed")
+        status, out, err = run_main(self.module.main, "--resume", "killed")
         self.assertEqual(status, 0, err)
         self.assertNotIn("epoch   2/3", out)  # it went on, and did not begin again
-        whole, killed = (common.load_checkpoint(Path(run, "last.pt"), "vae.py")
-                         for run in ("whole", "killed"))
+        whole, killed = self.last_of("whole"), self.last_of("killed")
         self.assertEqual(whole["step"], killed["step"])
         self.assertEqual(differences(whole["model"], killed["model"]), [])
-        for i, moments in whole["optimizer"]["adam"]["state"].items():
-            self.assertEqual(differences(moments, killed["optimizer"]["adam"]["state"][i]), [])
+        self.assertEqual(set(whole["optimizer"]), self.optimizers)
+        for name, optimizer in whole["optimizer"].items():
+            for i, moments in optimizer["state"].items():
+                resumed = killed["optimizer"][name]["state"][i]
+                self.assertEqual(differences(moments, resumed), [])
         for run in ("whole", "killed"):
             text = Path(run, "metrics.jsonl").read_text()
             rows = [json.loads(line) for line in text.splitlines()]
             self.assertEqual([row["epoch"] for row in rows], [1, 2, 3])
         whole, killed = (json.loads(Path(run, "test.json").read_text())
                          for run in ("whole", "killed"))
-        self.assertEqual(whole["test_bpd"], killed["test_bpd"])
+        for figures in (whole, killed):
+            del figures["seconds"]
+        self.assertEqual(whole, killed)
 
     @unittest.skipIf(os.name == "nt", "sends a POSIX signal")
     def test_ctrl_c_saves_within_the_epoch_and_the_run_goes_on_from_there(self):
-        run_main(vae.main, *self.ARGV, "--out-dir", "whole")
+        run_main(self.module.main, *self.ARGV, "--out-dir", "whole")
         process = self.start(*self.ARGV, "--out-dir", "stopped")
         while not Path("stopped/samples_epoch_001.png").exists():
             time.sleep(0.01)
@@ -728,18 +1032,18 @@ class Resuming(TemporaryFolder):
         out, err = process.communicate()
         self.assertEqual(process.returncode, 130, err)
         self.assertEqual(out.splitlines()[-1].split("go on with: ")[1],
-                         "python vae.py --resume stopped")
-        step = common.load_checkpoint(Path("stopped/last.pt"), "vae.py")["step"]
+                         f"python {self.module.__name__}.py --resume stopped")
+        step = self.last_of("stopped")["step"]
         self.assertTrue(150 <= step < 450, step)
-        status, out, err = run_main(vae.main, "--resume", "stopped")
+        status, out, err = run_main(self.module.main, "--resume", "stopped")
         self.assertEqual(status, 0, err)
         self.assertNotIn("epoch   0/3", out)
-        whole, stopped = (common.load_checkpoint(Path(run, "last.pt"), "vae.py")
-                          for run in ("whole", "stopped"))
+        whole, stopped = self.last_of("whole"), self.last_of("stopped")
         self.assertEqual(differences(whole["model"], stopped["model"]), [])
         for a, b in zip(whole["rows"], stopped["rows"], strict=True):
-            self.assertEqual({k: v for k, v in a.items() if "_bpd" in k or "_kl" in k},
-                             {k: v for k, v in b.items() if "_bpd" in k or "_kl" in k})
+            for row in (a, b):
+                del row["seconds"], row["images_per_s"]
+            self.assertEqual(a, b)
 
     @unittest.skipIf(os.name == "nt", "pipes end otherwise there")
     def test_a_reader_that_goes_away_ends_the_script_quietly(self):
@@ -750,13 +1054,22 @@ class Resuming(TemporaryFolder):
         self.assertEqual(err, "")
 
 
+class VAEResuming(Resuming, TemporaryFolder):
+    module, optimizers = vae, {"adam"}
+    ARGV = [*Resuming.ARGV, "--num-filters", 8]
+
+
+class AAEResuming(Resuming, TemporaryFolder):
+    module, optimizers = aae, {"autoencoder", "discriminator"}
+
+
 class Readme(TemporaryFolder):
     TEXT = (HERE / "README.md").read_text(encoding="utf-8")
 
     def test_every_flag_in_the_readme_is_in_the_help(self):
         commands = re.findall(r"python (\w+)\.py([^\n`|&]*)", self.TEXT)
         self.assertGreater(len(commands), 3)
-        scripts = {"vae": vae}
+        scripts = {"vae": vae, "aae": aae}
         for script, rest in commands:
             if script in scripts:
                 _, help_text, _ = run_main(scripts[script].main, "--help")
@@ -783,30 +1096,50 @@ class Readme(TemporaryFolder):
 # The benchmark
 
 
-def ordinary_images_per_s(data_dir, num_images, batch_size=64):
-    """The networks of vae.py trained as most tutorials do it: a DataLoader, transforms, Adam."""
-    from torchvision import datasets, transforms
-
-    transform = transforms.Compose([
-        transforms.ToTensor(), transforms.Lambda(lambda x: (x * 16).clamp(max=15).long())])
-    data = datasets.MNIST(data_dir, train=True, transform=transform)
-    data = torch.utils.data.Subset(data, range(num_images))
-    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, num_workers=0)
+def ordinary_vae(batches):
+    """The networks of vae.py trained as most tutorials do it."""
     model = vae.VAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    start = time.perf_counter()
-    for x, _ in loader:
-        rec, kl, _ = model(x)
+    for x, _ in batches:
+        rec, kl, _ = model((x * 16).clamp(max=15).long())
         optimizer.zero_grad()
         (rec + kl).backward()
         optimizer.step()
+
+
+def ordinary_aae(batches):
+    """The networks of aae.py likewise."""
+    model = aae.AdversarialAE()
+    autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
+    ae_optimizer = torch.optim.Adam(autoencoder, lr=1e-3)
+    d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=1e-3)
+    for x, _ in batches:
+        x = 2 * x - 1
+        recon, z = model(x)
+        ae_optimizer.zero_grad()
+        model.autoencoder_loss(x, recon, z, 0.995)[0].backward()
+        ae_optimizer.step()
+        d_optimizer.zero_grad()
+        model.discriminator_loss(z.detach())[0].backward()
+        d_optimizer.step()
+
+
+def ordinary_images_per_s(train, data_dir, num_images, batch_size=64):
+    """The rate of train(batches) over a DataLoader with a transform."""
+    from torchvision import datasets, transforms
+
+    data = datasets.MNIST(data_dir, train=True, transform=transforms.ToTensor())
+    data = torch.utils.data.Subset(data, range(num_images))
+    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, num_workers=0)
+    start = time.perf_counter()
+    train(loader)
     return num_images / (time.perf_counter() - start)
 
 
-def script_images_per_s(data_dir, num_images):
-    """The rate that vae.py itself reports for its first epoch."""
+def script_images_per_s(script, data_dir, num_images):
+    """The rate that a script itself reports for its first epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, HERE / "vae.py", "--data-dir", data_dir, "--device", "cpu",
+        subprocess.run([sys.executable, HERE / script, "--data-dir", data_dir, "--device", "cpu",
                         "--limit", str(num_images), "--epochs", "1", "--out-dir", f"{folder}/run"],
                        check=True, stdout=subprocess.DEVNULL)
         return json.loads(Path(folder, "run/metrics.jsonl").read_text())["images_per_s"]
@@ -838,15 +1171,16 @@ def overhead_share(data_dir, num_images):
 def bench(data_dir, runs=5, num_images=6400):
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {num_images:,} images a "
           f"run, {runs} runs of each in turn")
-    ours, ordinary = [], []
-    for _ in range(runs):
-        ordinary.append(ordinary_images_per_s(data_dir, num_images))
-        ours.append(script_images_per_s(data_dir, num_images))
-    ratios = [a / b for a, b in zip(ours, ordinary, strict=True)]
-    print(f"training, images/s: vae.py {statistics.median(ours):,.0f}, the ordinary way "
-          f"{statistics.median(ordinary):,.0f}, ratio {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")
-    print("share of the step outside convolutions, matrix products, activations and the loss: "
+    for script, train in (("vae.py", ordinary_vae), ("aae.py", ordinary_aae)):
+        ours, ordinary = [], []
+        for _ in range(runs):
+            ordinary.append(ordinary_images_per_s(train, data_dir, num_images))
+            ours.append(script_images_per_s(script, data_dir, num_images))
+        ratios = [a / b for a, b in zip(ours, ordinary, strict=True)]
+        print(f"training, images/s: {script} {statistics.median(ours):,.0f}, the ordinary way "
+              f"{statistics.median(ordinary):,.0f}, ratio {statistics.median(ratios):.2f} "
+              f"({min(ratios):.2f} to {max(ratios):.2f})")
+    print("vae.py, share of the step outside convolutions, matrix products, activations and the loss: "
           f"{overhead_share(data_dir, num_images):.1%}")
 
 

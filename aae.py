@@ -1,0 +1,580 @@
+"""An adversarial autoencoder for MNIST (Makhzani et al., 2015, arXiv:1511.05644).
+
+    Three networks: an encoder E, a decoder R (for reconstruction) and a discriminator D, which
+    tells draws of the prior p(z) = N(0, I) from codes E(x). For 0 <= lambda <= 1 (Equation 15),
+
+    min_{E,R}  lambda E_{p(x)}[ |x - R(E(x))|^2 ]
+               + (1 - lambda) max_D ( E_{p(z)}[ log D(z) ] + E_{p(x)}[ log(1 - D(E(x))) ] )
+
+    python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
+    python aae.py --lam 1                the plain autoencoder
+    python aae.py --z-dim 2              a latent space that can be looked at
+    python aae.py --z-dim 20 --posterior gaussian
+                                         a stochastic encoder ("universal" is another)
+    python aae.py --epochs 100           the length of the assignment
+    python aae.py --resume runs/aae-z8-lam0.995
+                                         go on with a run that was stopped
+    python aae.py --eval runs/aae-z8-lam0.995
+                                         print its test figures, draw its pictures again
+
+A run leaves a folder in runs/: args.json, metrics.jsonl, last.pt, test.json, and as pictures the
+losses by epoch, samples and reconstructions, and the codes beside the prior.
+
+"Equation" and "Q" (question) refer to the University of Amsterdam's Deep Learning Practical 3
+(2023). In the comments on shapes B is the batch and D = z_dim the latent dimensions.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+
+POSTERIORS = ("deterministic", "gaussian", "universal")
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+
+
+class Encoder(nn.Module):
+    """E: images [B, 1, 28, 28] in [-1, 1] -> codes [B, z_dim], one draw from q(z|x).
+
+    The convolutions are those of Tutorial 9 of the UvA Deep Learning notebooks. For each
+    posterior, q(z) is the mean of q(z|x) over the images (Q2.1):
+
+    - "deterministic": z is a function of x, and all of q(z)'s randomness comes from the data.
+    - "gaussian": q(z|x) = N(mean(x), diag(std(x)^2)), so q(z) is a mixture of Gaussians.
+    - "universal": z is a function of x and of noise, so q(z|x) may take any shape (section 2.2
+      of the paper).
+    """
+
+    def __init__(self, z_dim=8, posterior="deterministic"):
+        super().__init__()
+        assert posterior in POSTERIORS
+        self.posterior = posterior
+        c, self.noise_dim = 32, 32
+        self.net = nn.Sequential(
+            nn.Conv2d(1, c, 3, stride=2, padding=1), nn.ReLU(),          # 28x28 -> 14x14
+            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(),                    # 14x14
+            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.ReLU(),      # 14x14 -> 7x7
+            nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.ReLU(),            # 7x7
+            nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1), nn.ReLU(),  # 7x7 -> 4x4
+            nn.Flatten())                                                # [B, 2c * 4 * 4]
+        if posterior == "deterministic":
+            self.out = nn.Linear(2 * c * 4 * 4, z_dim)
+        elif posterior == "gaussian":
+            self.out = nn.Linear(2 * c * 4 * 4, 2 * z_dim)
+        else:
+            self.out = nn.Sequential(
+                nn.Linear(2 * c * 4 * 4 + self.noise_dim, 256), nn.ReLU(), nn.Linear(256, z_dim))
+
+    def forward(self, x):
+        h = self.net(x)
+        if self.posterior == "deterministic":
+            return self.out(h).float()
+        if self.posterior == "gaussian":
+            mean, log_std = self.out(h).float().chunk(2, dim=1)  # [B, D] each
+            std = torch.exp(5 * torch.tanh(log_std / 5))  # smoothly bounded: no overflow
+            return mean + std * torch.randn_like(std)
+        noise = torch.randn(len(h), self.noise_dim, device=h.device, dtype=h.dtype)
+        return self.out(torch.cat([h, noise], 1)).float()
+
+
+class Decoder(nn.Module):
+    """R: codes [B, z_dim] -> images [B, 1, 28, 28] in [-1, 1]."""
+
+    def __init__(self, z_dim=8):
+        super().__init__()
+        c = 32
+        up = dict(kernel_size=3, stride=2, padding=1)
+        self.net = nn.Sequential(
+            nn.Linear(z_dim, 2 * c * 4 * 4), nn.ReLU(),
+            nn.Unflatten(1, (2 * c, 4, 4)),
+            nn.ConvTranspose2d(2 * c, 2 * c, output_padding=0, **up), nn.ReLU(),  # 4x4 -> 7x7
+            nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.ReLU(),                     # 7x7
+            nn.ConvTranspose2d(2 * c, c, output_padding=1, **up), nn.ReLU(),      # 7x7 -> 14x14
+            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(),                             # 14x14
+            nn.ConvTranspose2d(c, 1, output_padding=1, **up))                     # 14x14 -> 28x28
+
+    def forward(self, z):
+        return self.net(z).float().tanh()
+
+
+class Discriminator(nn.Module):
+    """D, as a logit: codes [B, z_dim] -> [B, 1], above 0 where they look drawn from the prior."""
+
+    def __init__(self, z_dim=8):
+        super().__init__()
+        # No batch normalisation: it would judge a code by the company it comes in.
+        self.net = nn.Sequential(
+            nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
+            nn.Linear(512, 512), nn.LeakyReLU(0.2),
+            nn.Linear(512, 1))
+
+    def forward(self, z):
+        return self.net(z).float()
+
+
+class AdversarialAE(nn.Module):
+    """The three networks and the losses that train them."""
+
+    def __init__(self, z_dim=8, posterior="deterministic"):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder = Encoder(z_dim, posterior)
+        self.decoder = Decoder(z_dim)
+        self.discriminator = Discriminator(z_dim)
+        # Orthogonal weights (Saxe et al. 2014), with He's gain before a ReLU: with the smaller
+        # ones that torch starts with, all images begin with the same code.
+        for network in (self.encoder, self.decoder):
+            layers = [layer for layer in network.modules() if hasattr(layer, "weight")]
+            for layer in layers:
+                nn.init.orthogonal_(layer.weight, gain=1 if layer is layers[-1] else math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        """Images [B, 1, 28, 28] in [-1, 1] -> their reconstructions, and the codes [B, D]."""
+        z = self.encoder(x)
+        return self.decoder(z), z
+
+    def autoencoder_loss(self, x, recon, z, lam):
+        """What encoder and decoder minimise: x and recon [B, 1, 28, 28], z [B, D], 0 <= lam <= 1
+        -> lam * rec + (1 - lam) * gen, and its two parts, as means over the batch:
+
+        rec is the mean squared error per pixel (Equation 18), gen in nats how badly the codes
+        fool the discriminator.
+        """
+        rec = F.mse_loss(recon, x)
+        # -log D(E(x)) instead of log(1 - D(E(x))), as in Goodfellow et al. (2014): the same aim,
+        # but with a gradient while the discriminator is not fooled at all.
+        gen = -F.logsigmoid(self.discriminator(z)).mean()
+        return lam * rec + (1 - lam) * gen, rec, gen
+
+    def discriminator_loss(self, z):
+        """What the discriminator minimises: codes z [B, D] -> its cross-entropy in nats, the mean
+        over codes and as many draws of the prior, and its accuracy.
+
+        ln 2 and 0.5 are what it is left with where the codes are distributed as the prior.
+        """
+        prior = torch.randn_like(z)
+        real, fake = self.discriminator(prior), self.discriminator(z)  # [B, 1] each
+        # Equations 17 and 16, the latter read as log(1 - D(E(x))), as Equation 15 has it;
+        # with logits, 1 - sigmoid(a) = sigmoid(-a).
+        loss = -(F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean()) / 2
+        accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
+        return loss, accuracy
+
+    @torch.no_grad()
+    def sample(self, n):
+        """Decode n draws of the prior. -> images in [-1, 1], [n, 1, 28, 28]"""
+        return self.decoder(torch.randn(n, self.z_dim, device=next(self.parameters()).device))
+
+
+# ---------------------------------------------------------------------------------------------
+# How far q(z) is from the prior, and p(x) from the images
+
+
+def sliced_wasserstein(a, b, num_projections):
+    """The mean Wasserstein-1 distance of two sets of points, projected on random directions.
+
+    a, b [N, D] -> float. In one dimension the optimal transport of N points to N points takes
+    them in their order, so the distance is the mean difference of the sorted values.
+    """
+    assert a.shape == b.shape
+    directions = F.normalize(torch.randn(a.shape[1], num_projections, device=a.device), dim=0)
+    a, b = a @ directions, b @ directions  # [N, num_projections]
+    return (a.sort(0).values - b.sort(0).values).abs().mean().item()
+
+
+def parzen_log_likelihood(samples, x, sigma):
+    """log of the mean over `samples` of N(x; sample, sigma^2 I), in nats per image.
+
+    samples [S, 1, 28, 28], x [N, 1, 28, 28], pixels in [0, 1] -> [N]. It is the figure that the
+    paper reports. Theis et al. (2016, arXiv:1511.01844) show that it says little of how good
+    samples are (k-means centres beat images of the training set): lay it beside the paper's, and
+    choose nothing by it.
+    """
+    samples, x = samples.flatten(1), x.flatten(1)  # [S, M], [N, M]
+    log_sums = []  # over the samples, for 500 images at a time: S * N distances are too many
+    for part in x.split(500):
+        log_sums.append((-torch.cdist(part, samples)**2 / (2 * sigma**2)).logsumexp(1))
+    log_norm = math.log(len(samples)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
+    return torch.cat(log_sums) - log_norm
+
+
+def to_float(images):
+    """uint8 -> floats in [-1, 1]"""
+    return images / 127.5 - 1
+
+
+@torch.no_grad()
+def evaluate(model, images):
+    """Each image once, in float32; a stochastic encoder draws one code for each.
+
+    uint8 images [N, 1, 28, 28] -> mean squared error per pixel, codes [N, D]
+    """
+    torch.manual_seed(0)  # the same noise every time; a training step sets a seed of its own
+    squared_error, codes = 0, []
+    for part in images.split(500):
+        x = to_float(part)
+        recon, z = model(x)
+        squared_error += F.mse_loss(recon, x) * len(x)
+        codes.append(z)
+    return (squared_error / len(images)).item(), torch.cat(codes)
+
+
+def code_moments(codes):
+    """The range over dimensions of the codes' means and standard deviations. codes [N, D]"""
+    means, stds = codes.mean(0), codes.std(0, correction=0)  # [D] each
+    return {"code_mean_min": means.min().item(), "code_mean_max": means.max().item(),
+            "code_std_min": stds.min().item(), "code_std_max": stds.max().item()}
+
+
+def format_moments(moments):
+    return ("codes mean {code_mean_min:.2f}..{code_mean_max:.2f} "
+            "std {code_std_min:.2f}..{code_std_max:.2f}").format(**moments)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+@torch.no_grad()
+def visualize_manifold(decoder, grid_size=20):
+    """What a decoder of two latent dimensions draws for each point of a grid.
+
+    The points are the percentiles (i + 0.5) / grid_size of the prior, z[0] growing to the right
+    and z[1] upwards. -> [grid_size**2, 1, 28, 28] in [-1, 1], row by row
+    """
+    percentiles = (torch.arange(grid_size) + 0.5) / grid_size
+    ticks = torch.special.ndtri(percentiles)  # the normal distribution's inverse CDF
+    z1, z0 = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
+    z = torch.stack([z0.flatten(), z1.flatten()], 1)  # [grid_size**2, 2]
+    return decoder(z.to(next(decoder.parameters()).device))
+
+
+@torch.no_grad()
+def draw_pictures(model, images, labels, codes, run, heading, epoch):
+    """Samples and reconstructions (Q2.4 to Q2.7), and `codes`, those of `images`."""
+    torch.manual_seed(0)  # the same latents every time, so that epochs can be compared
+    samples = (model.sample(64) + 1) / 2
+    common.save_image(run / f"samples_epoch_{epoch:03d}.png", common.tile(samples, 8),
+                      f"{heading}\nsamples after {epoch} epochs")
+
+    first = [(labels == digit).nonzero()[0, 0] for digit in labels.unique()]
+    originals = to_float(images[torch.stack(first).to(images.device)])  # one of each digit
+    pairs = (torch.cat([originals, model(originals)[0]]) + 1) / 2
+    common.save_image(run / f"reconstructions_epoch_{epoch:03d}.png",
+                      common.tile(pairs, len(originals)),
+                      f"{heading}\noriginals and reconstructions after {epoch} epochs")
+
+    codes = codes.cpu()
+    reach = max(4, codes.abs().max().item())
+    if model.z_dim == 2:
+        manifold = (visualize_manifold(model.decoder) + 1) / 2
+        common.save_image(run / "manifold.png", common.tile(manifold, 20),
+                          f"{heading}\nwhat the decoder draws over the prior's percentiles")
+        figure = common.new_figure(6, 6, f"{heading}\ncodes of {len(codes):,} images, and 1, 2 "
+                                   "and 3 sigma of the prior")
+        axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        points = axes.scatter(*codes.T, c=labels, s=2, cmap="tab10", vmin=0, vmax=9)
+        angle = torch.linspace(0, 2 * math.pi, 200)
+        for sigma in (1, 2, 3):
+            axes.plot(sigma * angle.cos(), sigma * angle.sin(), "k", linewidth=1)
+        figure.legend(*points.legend_elements(), loc="outside right center")
+        figure.savefig(run / "codes.png")
+    else:
+        shown = min(model.z_dim, 20)
+        rows = math.ceil(shown / 4)
+        figure = common.new_figure(10, 1.7 * rows + 0.7, f"{heading}\ncodes of {len(codes):,} "
+                                   "images by dimension, and the prior's density")
+        z = torch.linspace(-reach, reach, 200)
+        density = torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi)
+        for i in range(shown):
+            axes = figure.add_subplot(rows, 4, i + 1, ylim=(0, 0.6), yticks=[])
+            axes.hist(codes[:, i].numpy(), bins=60, range=(-reach, reach), density=True)
+            axes.plot(z, density, "k", linewidth=1)
+            axes.set_title(f"z[{i}]: mean {codes[:, i].mean():.2f}, std {codes[:, i].std():.2f}",
+                           fontsize="small")
+        figure.savefig(run / "codes.png")
+
+
+def draw_curves(rows, run, heading, test_mse=None):
+    """The losses by epoch, and the test value as a line once it is known."""
+    def column(name):
+        return [row[name] for row in rows]
+
+    common.save_curves(
+        run / "mse.png", f"{heading}\nreconstruction", "mean squared error per pixel in [-1, 1]",
+        column("epoch"), {"train": column("train_mse"), "val": column("val_mse")},
+        {"test": test_mse})
+    if "disc_loss" in rows[0]:
+        common.save_curves(
+            run / "adversary.png", f"{heading}\nencoder against discriminator",
+            "nats; share of right answers", column("epoch"),
+            {"generator": column("gen_loss"), "discriminator": column("disc_loss"),
+             "accuracy": column("disc_accuracy")},
+            {"a perfect match: ln 2 =": math.log(2), "and an accuracy of": 0.5})
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def fit(model, data, args, run, dtype, heading, state=None):
+    """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
+    device = data.train.device
+    autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
+    ae_optimizer = torch.optim.Adam(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99), fused=True)
+    d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
+                                   betas=(0.5, 0.99), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    adversarial = args.lam < 1  # Q2.3b: with lambda 1 nothing is asked of the codes
+    losses = ["train_mse", *(["gen_loss", "disc_loss", "disc_accuracy"] if adversarial else [])]
+    step, seconds, rows = 0, 0.0, []
+    sums = torch.zeros(len(losses), device=device)  # of the losses over the epoch's images so far
+    if state:
+        ae_optimizer.load_state_dict(state["optimizer"]["autoencoder"])
+        d_optimizer.load_state_dict(state["optimizer"]["discriminator"])
+        if state["scaler"]:  # empty after training without float16
+            scaler.load_state_dict(state["scaler"])
+        step, seconds, rows = (state[key] for key in ("step", "seconds", "rows"))
+        sums = state["sums"].to(device)
+        common.write_metrics(run, rows)
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    total_steps = args.epochs * steps_per_epoch
+
+    def save_last():
+        common.save_checkpoint(run / "last.pt", {
+            "model": model.state_dict(), "optimizer": {
+                "autoencoder": ae_optimizer.state_dict(),
+                "discriminator": d_optimizer.state_dict()},
+            "scaler": scaler.state_dict(), "step": step, "seconds": seconds, "rows": rows,
+            "sums": sums, "args": vars(args)})
+
+    if step == 0:
+        save_last()
+        val_mse, codes = evaluate(model, data.val)
+        print(f"epoch   0/{args.epochs} | untrained    | val {val_mse:.4f} | "
+              f"{format_moments(code_moments(codes))}", flush=True)
+        draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch=0)
+
+    with common.StopRequest() as stop:
+        for epoch in range(len(rows) + 1, args.epochs + 1):
+            began, seen = time.perf_counter(), 0
+            order = common.epoch_order(len(data.train), args.seed, epoch, device)
+            batches = order.split(args.batch_size)
+            batches = batches[step - (epoch - 1) * steps_per_epoch:]  # resumed within an epoch
+            bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" img",
+                       unit_scale=args.batch_size, disable=None, leave=False)
+            for indices in bar:
+                # Both rates rise in the first tenth of the steps and fall to zero in the rest.
+                progress = (step + 0.5) / total_steps
+                scale = min(progress / 0.1, (1 - progress) / 0.9)
+                ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
+                d_optimizer.param_groups[0]["lr"] = args.d_lr * scale
+                torch.manual_seed(common.seed_for(args.seed, step))  # of this step's noise
+                x = to_float(data.train[indices])  # [B, 1, 28, 28]
+
+                # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
+                with autocast:
+                    recon, z = model(x)
+                    loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
+                ae_optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(ae_optimizer)
+
+                # -- Phase 2, discriminator: tell these codes from draws of the prior -------------
+                # The assignment begins with it. It comes second here because the codes of phase 1
+                # serve it as they are, where otherwise
+                if adversarial:
+                    with autocast:
+                        disc, accuracy = model.discriminator_loss(z.detach())
+                    d_optimizer.zero_grad()  # phase 1 has left gradients here too
+                    scaler.scale(disc).backward()
+                    scaler.step(d_optimizer)
+                scaler.update()
+
+                parts = [rec, gen, disc, accuracy] if adversarial else [rec]
+                sums += torch.stack(parts).detach() * len(x)  # read once, below
+                step += 1
+                seen += len(x)
+                if step % 50 == 0:  # not each time: to read a loss is to wait for the device
+                    bar.set_postfix_str(f"mse {rec.item():.4f}")
+                    if not sums.isfinite().all():
+                        raise common.UserError(
+                            f"a loss is not finite by step {step}: start again with a lower "
+                            f"--ae-lr or --d-lr ({run / 'last.pt'} keeps the last good model)")
+                if stop.asked:
+                    bar.close()
+                    seconds += time.perf_counter() - began
+                    save_last()
+                    print(f"stopped after step {step}; go on with: python aae.py --resume {run}")
+                    sys.exit(130)
+            train = dict(zip(losses, (sums / len(data.train)).tolist(), strict=True))
+            sums.zero_()
+            images_per_s = seen / (time.perf_counter() - began)
+            val_mse, codes = evaluate(model, data.val)
+            moments = code_moments(codes)
+            seconds += time.perf_counter() - began
+            rows.append({"epoch": epoch, "step": step, "seconds": round(seconds, 2),
+                         "images_per_s": round(images_per_s), **train, "val_mse": val_mse,
+                         **moments})
+            save_last()
+            common.write_metrics(run, rows)
+            players = ("gen {gen_loss:.3f} disc {disc_loss:.3f} accuracy {disc_accuracy:.3f} | "
+                       .format(**train) if adversarial else "")
+            print(f"epoch {epoch:3d}/{args.epochs} | train {train['train_mse']:.4f} | "
+                  f"val {val_mse:.4f} | {players}{format_moments(moments)} | "
+                  f"{images_per_s / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
+            if epoch in (1, 2, 5) or epoch % 10 == 0:
+                draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch)
+                draw_curves(rows, run, heading)
+    return rows
+
+
+@torch.no_grad()
+def report_test(model, data):
+    """Print the figures of a finished model on the test images. -> dict of them, codes [N, D]"""
+    mse, codes = evaluate(model, data.test)
+    torch.manual_seed(0)
+    distance, floor = [], []
+    for _ in range(10):
+        prior, more_prior = torch.randn_like(codes), torch.randn_like(codes)
+        distance.append(sliced_wasserstein(codes, prior, 100))
+        floor.append(sliced_wasserstein(more_prior, prior, 100))
+    distance, floor = sum(distance) / 10, sum(floor) / 10
+    moments = code_moments(codes)
+    print(f"test: mse {mse:.4f} | {format_moments(moments)} | sliced Wasserstein distance to the "
+          f"prior {distance:.4f}, {distance / floor:.1f} times that of the prior to itself")
+
+    # As many samples as there are test images: 10,000, as in the paper.
+    samples = torch.cat([model.sample(len(part)) for part in data.test.split(500)])
+    samples = (samples + 1) / 2
+    val = data.val[:1000] / 255
+    sigma = max([10**(i / 20 - 1) for i in range(21)],  # 0.1 to 1
+                key=lambda sigma: parzen_log_likelihood(samples, val, sigma).mean().item())
+    parzen = parzen_log_likelihood(samples, data.test / 255, sigma).mean().item()
+    print(f"Parzen window of {len(samples):,} samples, sigma {sigma:.2f}: {parzen:.0f} nats per "
+          "test image (the paper: 340 +- 2)", flush=True)
+    return {"test_mse": mse, **moments, "sliced_wasserstein": distance,
+            "sliced_wasserstein_floor": floor, "parzen": parzen, "parzen_sigma": sigma}, codes
+
+
+def fraction(text):
+    """An argparse type: a number from 0 to 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def parse_args(argv=None, run_args=None):
+    parser = argparse.ArgumentParser(
+        prog="aae.py", description="Train an adversarial autoencoder on MNIST.",
+        allow_abbrev=False)
+    default = "(default: %(default)s)"
+    group = parser.add_argument_group("model")
+    group.add_argument("--z-dim", type=common.integer(1), default=8,
+                       help=f"latent dimensions {default}")
+    group.add_argument("--posterior", choices=POSTERIORS, default="deterministic",
+                       help=f"what the encoder makes of an image: a code, a Gaussian to draw it "
+                       f"from, or a code that also depends on noise {default}")
+    group = parser.add_argument_group("training")
+    group.add_argument("--lam", type=fraction, default=0.995, help="weight of the reconstruction, "
+                       "from 0 to 1; the rest is that of fooling the discriminator, and with 1 "
+                       f"there is none {default}")
+    group.add_argument("--epochs", type=common.integer(1), default=20,
+                       help=f"passes over the training images {default}")
+    group.add_argument("--batch-size", type=common.integer(1), default=64,
+                       help=f"images a step {default}")
+    group.add_argument("--ae-lr", type=common.positive, default=2e-3,
+                       help=f"highest learning rate of encoder and decoder {default}")
+    group.add_argument("--d-lr", type=common.positive, default=1e-3,
+                       help=f"highest learning rate of the discriminator {default}")
+    group.add_argument("--seed", type=common.integer(0), default=42,
+                       help=f"of the weights, the order of the data and the noise {default}")
+    group = parser.add_argument_group("data, device and run")
+    group.add_argument("--dataset", choices=common.DATASETS, help="default: mnist, or the built-in "
+                       "glyphs where it can be neither found nor downloaded")
+    group.add_argument("--data-dir", default="data", metavar="DIR",
+                       help=f"where the dataset is, or is downloaded to {default}")
+    group.add_argument("--limit", type=common.integer(1), metavar="N", help="a quick try: only N "
+                       "training images and N / 10 of validation and test (default: all)")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                       help=f"auto takes cuda, else mps, else cpu {default}")
+    group.add_argument("--no-amp", action="store_true", help="no autocast to bfloat16 or "
+                       "float16 on CUDA (elsewhere there is none anyway)")
+    group.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
+                       "holds something gets a suffix (default: runs/aae-z8-lam0.995 for "
+                       "--z-dim 8 --lam 0.995)")
+    group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
+                       "arguments; only --device and --data-dir may be given beside it")
+    group.add_argument("--eval", metavar="DIR", help="print the test figures of the run in DIR and "
+                       "draw its pictures, without training")
+    parser.set_defaults(script="aae.py")
+    return common.parse_run_args(parser, argv, run_args)
+
+
+@common.command("aae.py")
+def main(argv=None):
+    args, state = parse_args(argv), None
+    if args.resume is not None or args.eval is not None:
+        run = Path(args.eval if args.resume is None else args.resume)
+        state = common.load_checkpoint(run / "last.pt", "aae.py")
+        args = parse_args(argv, state["args"])  # the run's own, but for what is given now
+    device, dtype = common.pick_device(args.device, not args.no_amp)
+    data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
+    stand_in = data.name == "glyphs" and args.dataset is None
+    args.dataset = data.name
+
+    name = f"aae-z{args.z_dim}-lam{args.lam:g}"
+    heading = f"AAE on {common.TITLES.get(data.name, data.name)}, z {args.z_dim}, " \
+              f"lambda {args.lam:g}"
+    if args.posterior != "deterministic":
+        name += f"-{args.posterior}"
+        heading += f", {args.posterior}"
+    if data.name != "mnist":
+        name += f"-{data.name}"
+
+    torch.manual_seed(args.seed)
+    model = AdversarialAE(args.z_dim, args.posterior)
+    if state:
+        model.load_state_dict(state["model"])
+    else:
+        run = common.new_run_folder(args.out_dir or f"runs/{name}")
+        common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
+    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
+          f"{str(dtype).removeprefix('torch.')}; {len(data.train):,} train, {len(data.val):,} val, "
+          f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps; "
+          f"-> {run}", flush=True)
+
+    if args.eval is None:
+        rows = fit(model, data, args, run, dtype, heading, state)
+    else:
+        rows = state["rows"]
+    results, codes = report_test(model, data)
+    draw_pictures(model, data.test, data.test_labels, codes, run, heading, epoch=len(rows))
+    if args.eval is None:
+        draw_curves(rows, run, heading, results["test_mse"])
+        results |= {"epoch": len(rows), "seconds": rows[-1]["seconds"], "device": str(device),
+                    "torch": torch.__version__}
+        common.write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
+    if stand_in:
+        print("warning: no MNIST, so all this is of the built-in glyphs", file=sys.stderr)
+    print(run)
+
+
+if __name__ == "__main__":
+    main()
