@@ -1096,43 +1096,50 @@ class Readme(TemporaryFolder):
 # The benchmark
 
 
-def ordinary_vae(batches):
-    """The networks of vae.py trained as most tutorials do it."""
+def ordinary_vae():
+    """-> a step that trains the networks of vae.py as most tutorials do it"""
     model = vae.VAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for x, _ in batches:
+
+    def step(x):
         rec, kl, _ = model((x * 16).clamp(max=15).long())
         optimizer.zero_grad()
         (rec + kl).backward()
         optimizer.step()
 
+    return step
 
-def ordinary_aae(batches):
-    """The networks of aae.py likewise."""
+
+def ordinary_aae():
+    """-> the same for the networks of aae.py"""
     model = aae.AdversarialAE()
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     ae_optimizer = torch.optim.Adam(autoencoder, lr=1e-3)
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=1e-3)
-    for x, _ in batches:
+
+    def step(x):
         x = 2 * x - 1
         recon, z = model(x)
         ae_optimizer.zero_grad()
-        model.autoencoder_loss(x, recon, z, 0.995)[0].backward()
+        model.autoencoder_loss(x, recon, z, lam=0.995)[0].backward()
         ae_optimizer.step()
         d_optimizer.zero_grad()
         model.discriminator_loss(z.detach())[0].backward()
         d_optimizer.step()
 
+    return step
 
-def ordinary_images_per_s(train, data_dir, num_images, batch_size=64):
-    """The rate of train(batches) over a DataLoader with a transform."""
+
+def ordinary_images_per_s(step, data_dir, num_images, batch_size=64):
+    """The rate of step(x) over a DataLoader with a transform."""
     from torchvision import datasets, transforms
 
     data = datasets.MNIST(data_dir, train=True, transform=transforms.ToTensor())
     data = torch.utils.data.Subset(data, range(num_images))
     loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, num_workers=0)
     start = time.perf_counter()
-    train(loader)
+    for x, _ in loader:
+        step(x)
     return num_images / (time.perf_counter() - start)
 
 
@@ -1171,16 +1178,16 @@ def overhead_share(data_dir, num_images):
 def bench(data_dir, runs=5, num_images=6400):
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {num_images:,} images a "
           f"run, {runs} runs of each in turn")
-    for script, train in (("vae.py", ordinary_vae), ("aae.py", ordinary_aae)):
+    for script, ordinary_step in (("vae.py", ordinary_vae), ("aae.py", ordinary_aae)):
         ours, ordinary = [], []
         for _ in range(runs):
-            ordinary.append(ordinary_images_per_s(train, data_dir, num_images))
+            ordinary.append(ordinary_images_per_s(ordinary_step(), data_dir, num_images))
             ours.append(script_images_per_s(script, data_dir, num_images))
         ratios = [a / b for a, b in zip(ours, ordinary, strict=True)]
         print(f"training, images/s: {script} {statistics.median(ours):,.0f}, the ordinary way "
               f"{statistics.median(ordinary):,.0f}, ratio {statistics.median(ratios):.2f} "
               f"({min(ratios):.2f} to {max(ratios):.2f})")
-    print("vae.py, share of the step outside convolutions, matrix products, activations and the loss: "
+    print("share of vae.py's step outside convolutions, matrix products, activations and the loss: "
           f"{overhead_share(data_dir, num_images):.1%}")
 
 
