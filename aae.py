@@ -144,6 +144,9 @@ class AdversarialAE(nn.Module):
             for layer in layers:
                 nn.init.orthogonal_(layer.weight, gain=1 if layer is layers[-1] else math.sqrt(2))
                 nn.init.zeros_(layer.bias)
+        # Most of an image is background. With an output that starts near the mean of the images,
+        # tanh(-1) = -0.76, no step drives all of it down to where tanh has no gradient, for good.
+        nn.init.constant_(self.decoder.net[-1].bias, -1)
 
     def forward(self, x):
         """Images [B, 1, 28, 28] in [-1, 1] -> their reconstructions, and codes [B, z_dim]."""
@@ -341,8 +344,9 @@ def fit(model, data, args, run, dtype, heading, state=None):
     """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
     device = data.train.device
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
+    ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
+                                     weight_decay=0.1, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
-    ae_optimizer = torch.optim.Adam(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99), fused=True)
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
                                    betas=(0.5, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -509,11 +513,11 @@ def parse_args(argv=None, run_args=None):
                        f"there is none {default}")
     group.add_argument("--epochs", type=common.integer(1), default=20,
                        help=f"passes over the training images {default}")
-    group.add_argument("--batch-size", type=common.integer(1), default=64,
+    group.add_argument("--batch-size", type=common.integer(1), default=32,
                        help=f"images a step {default}")
-    group.add_argument("--ae-lr", type=common.positive, default=2e-3,
+    group.add_argument("--ae-lr", type=common.positive, default=3e-3,
                        help=f"highest learning rate of encoder and decoder {default}")
-    group.add_argument("--d-lr", type=common.positive, default=1e-3,
+    group.add_argument("--d-lr", type=common.positive, default=1e-4,
                        help=f"highest learning rate of the discriminator {default}")
     group.add_argument("--seed", type=common.integer(0), default=42,
                        help=f"of the weights, the order of the data and the noise {default}")
