@@ -344,6 +344,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
     device = data.train.device
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
+    # Without weight decay it learns training images by heart, at the expense of all others.
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
                                      weight_decay=0.1, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
@@ -403,7 +404,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
                 # The paper lets the encoder reconstruct, then the discriminator learn, then the
                 # encoder fool it. The assignment joins first and last, and begins with the
                 # discriminator. Here that comes second: in either order one pass of the encoder
-                # serves both phases, and the result is the same.
+                # serves both phases, and neither was seen to end better.
                 with autocast:
                     recon, z = model(x)
                     loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -556,8 +557,8 @@ def main(argv=None):
     args.dataset = data.name
 
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
-    heading = f"AAE on {common.TITLES.get(data.name, data.name)}, z {args.z_dim}, " \
-              f"lambda {args.lam:g}"
+    title = common.TITLES.get(data.name, data.name)
+    heading = f"AAE on {title}, z {args.z_dim}, lambda {args.lam:g}"
     if args.posterior != "deterministic":
         name += f"-{args.posterior}"
         heading += f", {args.posterior}"
