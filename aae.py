@@ -1,13 +1,14 @@
 """An adversarial autoencoder for MNIST (Makhzani et al., 2015, arXiv:1511.05644).
 
     Encoder E, decoder R (for reconstruction), and a discriminator D, which tells draws z of the
-    prior N(0, I) from codes E(x). For a weight lambda between 0 and 1 (Equation 15):
+    prior N(0, I) from codes E(x). For a weight lambda between 0 and 1 (the assignment's
+    Equation 15):
 
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    Here |.|^2 is the mean over the pixels, hence a lambda so close to 1: the first term comes to
-    a few hundredths, the second to the order of ln 2.
+    |.|^2 is the mean over the pixels here, a few hundredths in a trained model, where the
+    encoder's part in the second term comes to about ln 2: hence a lambda close to 1.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                the plain autoencoder
@@ -18,13 +19,13 @@
     python aae.py --resume runs/aae-z8-lam0.995
                                          go on with a stopped run
     python aae.py --eval runs/aae-z8-lam0.995
-                                         print its test figures, draw its samples and codes
+                                         print its test results, draw its samples and codes
 
 A run leaves a folder in runs/: args.json, metrics.jsonl, last.pt, test.json, and as pictures the
 losses by epoch, samples and reconstructions, and the codes beside the prior.
 
-"Equation" and "Q" (question) refer to the University of Amsterdam's Deep Learning Practical 3
-(2023). In the comments on shapes B is the batch.
+The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
+"Q" (question) refer to it. In the comments on shapes B is the batch size.
 """
 
 import argparse
@@ -85,10 +86,10 @@ class Encoder(nn.Module):
         if self.posterior == "universal":
             noise = torch.randn(len(h), self.noise_dim, device=h.device, dtype=h.dtype)
             h = torch.cat([h, noise], 1)
-        z = self.out(h).float()  # autocast computes layers in 16 bits, but draws and losses in 32
+        z = self.out(h).float()  # autocast computes the layers in 16 bits; codes stay in 32
         if self.posterior == "gaussian":
             mean, log_std = z.chunk(2, dim=1)  # [B, z_dim] each
-            # A smooth bound of -5..5: exp cannot overflow, and there are gradients all over.
+            # Bounded to -5..5, so that exp cannot overflow; unlike clamp, tanh passes gradients.
             z = mean + torch.exp(5 * torch.tanh(log_std / 5)) * torch.randn_like(mean)
         return z
 
@@ -118,7 +119,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, z_dim=8):
         super().__init__()
-        # No batch normalisation: it would judge a code by the company it comes in.
+        # No batch normalisation: the output for a code would depend on the rest of the batch.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 512), nn.LeakyReLU(0.2),
@@ -137,15 +138,16 @@ class AdversarialAE(nn.Module):
         self.encoder = Encoder(z_dim, posterior)
         self.decoder = Decoder(z_dim)
         self.discriminator = Discriminator(z_dim)
-        # Orthogonal weights (Saxe et al. 2014), with He's gain before a ReLU. As torch starts them,
-        # an encoder gives all images the same code but for some thousandths, here some tenths.
+        # Orthogonal weights (Saxe et al. 2014), with He's gain before a ReLU. With torch's default
+        # weights the codes of different images differ by only about 0.001, with these by 0.1.
         for network in (self.encoder, self.decoder):
             layers = [layer for layer in network.modules() if hasattr(layer, "weight")]
             for layer in layers:
                 nn.init.orthogonal_(layer.weight, gain=1 if layer is layers[-1] else math.sqrt(2))
                 nn.init.zeros_(layer.bias)
-        # Most of an image is background. With an output that starts near the mean of the images,
-        # tanh(-1) = -0.76, no step drives all of it down to where tanh has no gradient, for good.
+        # Most pixels are background, near -1. Without this bias the first steps can push all
+        # outputs so far down that tanh has no gradient left, and training does not recover.
+        # tanh(-1) = -0.76 is near the mean of the images.
         nn.init.constant_(self.decoder.net[-1].bias, -1)
 
     def forward(self, x):
@@ -154,11 +156,11 @@ class AdversarialAE(nn.Module):
         return self.decoder(z), z
 
     def autoencoder_loss(self, x, recon, z, lam):
-        """What encoder and decoder minimise: x, recon [B, 1, 28, 28], z [B, z_dim], 0 <= lam <= 1
-        -> lam * rec + (1 - lam) * gen, and its two parts, as means over the batch:
+        """The loss of encoder and decoder. x, recon [B, 1, 28, 28], z [B, z_dim], 0 <= lam <= 1
 
-        rec is the mean squared error per pixel (Equation 18), gen in nats how badly the codes
-        fool the discriminator.
+        -> lam * rec + (1 - lam) * gen, rec, gen, all of them means over the batch: rec is the
+        squared error per pixel (Equation 18); gen, in nats, is low where the codes fool the
+        discriminator.
         """
         rec = F.mse_loss(recon, x)
         # -log D(E(x)) instead of log(1 - D(E(x))), as in Goodfellow et al. (2014): the same aim,
@@ -167,15 +169,15 @@ class AdversarialAE(nn.Module):
         return lam * rec + (1 - lam) * gen, rec, gen
 
     def discriminator_loss(self, z):
-        """What the discriminator minimises: codes z [B, z_dim] -> its cross-entropy in nats, the
-        mean over the codes and as many draws of the prior, and its accuracy.
+        """The loss of the discriminator. codes z [B, z_dim] -> cross-entropy in nats, accuracy
 
-        ln 2 and 0.5 are what it is left with where the codes are distributed as the prior.
+        Both are means over the codes and as many draws of the prior. Where the codes are
+        distributed as the prior, the best possible loss is ln 2 and the accuracy 0.5.
         """
         prior = torch.randn_like(z)
         real, fake = self.discriminator(prior), self.discriminator(z)  # [B, 1] each
-        # Equations 17 and 16; the latter is printed with (1 - log D), a slip for the log(1 - D) of
-        # Equation 15. With a logit a, log(1 - sigmoid(a)) = log sigmoid(-a).
+        # The mean of Equations 17 and 16; the latter is printed with (1 - log D), a misprint for
+        # the log(1 - D) of Equation 15. With a logit a, log(1 - sigmoid(a)) = log sigmoid(-a).
         loss = -(F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean()) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
         return loss, accuracy
@@ -205,10 +207,10 @@ def sliced_wasserstein(a, b, num_projections):
 def parzen_log_likelihood(samples, x, sigma):
     """log of the mean over `samples` of N(x; sample, sigma^2 I), in nats per image.
 
-    samples [S, 1, 28, 28], x [N, 1, 28, 28], pixels in [0, 1] -> [N]. It is the figure that the
-    paper reports. Theis et al. (2016, arXiv:1511.01844) show that it says little of how good
-    samples are (k-means centres beat images of the training set): lay it beside the paper's, and
-    choose nothing by it.
+    samples [S, 1, 28, 28], x [N, 1, 28, 28], pixels in [0, 1] -> [N]. The paper reports this
+    number, and it is computed for comparison with it alone. Choose no model by it: Theis et al.
+    (2016, arXiv:1511.01844) show that it says little about the quality of samples (k-means centres
+    score higher than images of the training set).
     """
     samples, x = samples.flatten(1), x.flatten(1)  # [S, M], [N, M]
     log_sums = []  # over the samples, for 500 images at a time: S * N distances are too many
@@ -344,7 +346,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
     device = data.train.device
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
-    # Without weight decay it learns training images by heart, at the expense of all others.
+    # Without weight decay the autoencoder overfits: it gets worse on new images.
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
                                      weight_decay=0.1, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
@@ -401,10 +403,10 @@ def fit(model, data, args, run, dtype, heading, state=None):
                 x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
                 # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-                # The paper lets the encoder reconstruct, then the discriminator learn, then the
-                # encoder fool it. The assignment joins first and last, and begins with the
-                # discriminator. Here that comes second: in either order one pass of the encoder
-                # serves both phases, and neither was seen to end better.
+                # The paper has three steps: the autoencoder learns to reconstruct, the discriminator
+                # learns, the encoder learns to fool it. The assignment joins the first and the
+                # third, and starts with the discriminator. Here the discriminator comes second.
+                # Either order needs one pass of the encoder, and they were seen to end equally well.
                 with autocast:
                     recon, z = model(x)
                     loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -463,10 +465,10 @@ def fit(model, data, args, run, dtype, heading, state=None):
 
 @torch.no_grad()
 def report_test(model, data):
-    """Print the model's figures on the test images. -> dict of them, codes [N, z_dim]"""
+    """Print the model's results on the test images. -> dict of them, codes [N, z_dim]"""
     torch.set_float32_matmul_precision("highest")  # no TF32 in the distances below
     mse, codes = evaluate(model, data.test)
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with evaluate's 0 the prior would repeat a Gaussian encoder's noise
     distance, floor = [], []
     for _ in range(10):
         prior, more_prior = torch.randn_like(codes), torch.randn_like(codes)
