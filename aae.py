@@ -348,7 +348,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     # Without weight decay the autoencoder overfits: it gets worse on new images.
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
-                                     weight_decay=0.1, fused=True)
+                                     weight_decay=0.15, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
                                    betas=(0.5, 0.99), fused=True)
@@ -403,10 +403,10 @@ def fit(model, data, args, run, dtype, heading, state=None):
                 x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
                 # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-                # The paper has three steps: the autoencoder learns to reconstruct, the discriminator
-                # learns, the encoder learns to fool it. The assignment joins the first and the
-                # third, and starts with the discriminator. Here the discriminator comes second.
-                # Either order needs one pass of the encoder, and they were seen to end equally well.
+                # The paper has three steps: the autoencoder learns to reconstruct, the
+                # discriminator learns, the encoder learns to fool it. The assignment joins the
+                # first and the third, and starts with the discriminator. Here the discriminator
+                # comes second. Either order needs one pass of the encoder; both ended equally well.
                 with autocast:
                     recon, z = model(x)
                     loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -520,7 +520,7 @@ def parse_args(argv=None, run_args=None):
                        help=f"images a step {default}")
     group.add_argument("--ae-lr", type=common.positive, default=3e-3,
                        help=f"highest learning rate of encoder and decoder {default}")
-    group.add_argument("--d-lr", type=common.positive, default=1e-4,
+    group.add_argument("--d-lr", type=common.positive, default=5e-5,
                        help=f"highest learning rate of the discriminator {default}")
     group.add_argument("--seed", type=common.integer(0), default=42,
                        help=f"of the weights, the order of the data and the noise {default}")
