@@ -348,7 +348,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     # Without weight decay the autoencoder overfits: it gets worse on new images.
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
-                                     weight_decay=0.15, fused=True)
+                                     weight_decay=0.1, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
                                    betas=(0.5, 0.99), fused=True)
@@ -520,7 +520,7 @@ def parse_args(argv=None, run_args=None):
                        help=f"images a step {default}")
     group.add_argument("--ae-lr", type=common.positive, default=3e-3,
                        help=f"highest learning rate of encoder and decoder {default}")
-    group.add_argument("--d-lr", type=common.positive, default=5e-5,
+    group.add_argument("--d-lr", type=common.positive, default=1e-4,
                        help=f"highest learning rate of the discriminator {default}")
     group.add_argument("--seed", type=common.integer(0), default=42,
                        help=f"of the weights, the order of the data and the noise {default}")
