@@ -348,7 +348,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     # Without weight decay the autoencoder overfits: it gets worse on new images.
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
-                                     weight_decay=0.05, fused=True)
+                                     weight_decay=0.1, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
                                    betas=(0.5, 0.99), fused=True)
