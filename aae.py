@@ -346,7 +346,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
     device = data.train.device
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
-    # Without weight decay the autoencoder overfits: it gets worse on new images.
+    # Without weight decay the autoencoder overfits: its error on new images is higher.
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
                                      weight_decay=0.1, fused=True)
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
@@ -477,7 +477,7 @@ def report_test(model, data):
     distance, floor = sum(distance) / 10, sum(floor) / 10
     moments = code_moments(codes)
     print(f"test: mse {mse:.4f} | {format_moments(moments)} | sliced Wasserstein distance to the "
-          f"prior {distance:.4f}, {distance / floor:.1f} times that between two draws of the prior")
+          f"prior {distance:.4f}, {distance / floor:.1f} times that between draws of the prior")
 
     # As many samples as there are test images: 10,000, as in the paper.
     samples = torch.cat([model.sample(len(part)) for part in data.test.split(500)])
