@@ -85,6 +85,18 @@ def parse_run_args(parser, argv, run_args):
     return args
 
 
+def number(minimum, maximum=float("inf")):
+    """An argparse type: a finite number from `minimum` to `maximum`, both of which it may be."""
+
+    def parse(text):
+        if not minimum <= (value := float(text)) <= maximum or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value: 'two'"
+    return parse
+
+
 class StopRequest:
     """Within the `with` block Ctrl-C and SIGTERM only set `asked`, which the loop reads after
     each step; a second Ctrl-C acts at once."""
