@@ -492,13 +492,6 @@ def report_test(model, data):
             "sliced_wasserstein_floor": floor, "parzen": parzen, "parzen_sigma": sigma}, codes
 
 
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def parse_args(argv=None, run_args=None):
     parser = argparse.ArgumentParser(
         prog="aae.py", description="Train an adversarial autoencoder on MNIST.",
@@ -511,9 +504,9 @@ def parse_args(argv=None, run_args=None):
                        help=f"what the encoder makes of an image: a code, a Gaussian to draw it "
                        f"from, or a code that also depends on noise {default}")
     group = parser.add_argument_group("training")
-    group.add_argument("--lam", type=fraction, default=0.995, help="weight of the reconstruction, "
-                       "from 0 to 1; the rest is that of fooling the discriminator, and with 1 "
-                       f"there is none {default}")
+    group.add_argument("--lam", type=common.number(0, 1), default=0.995,
+                       help="weight of the reconstruction, from 0 to 1; the rest is that of "
+                       f"fooling the discriminator, and with 1 there is none {default}")
     group.add_argument("--epochs", type=common.integer(1), default=20,
                        help=f"passes over the training images {default}")
     group.add_argument("--batch-size", type=common.integer(1), default=32,
