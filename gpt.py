@@ -301,22 +301,22 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=None, 
     or of these the fewest, the most probable first, that come to a mass of at least `top_p` (None
     and 1: all; Holtzman et al., 2020, arXiv:1904.09751).
     """
-    if not do_sample or temperature == 0:
+    if not do_sample or temperature < 1e-6:  # 0, or so small that a quotient would overflow
         return logits.argmax(dim=-1, keepdim=True)
-    device = logits.device
-    if device.type == "mps":
-        logits = logits.cpu()  # it has no float64, and its multinomial has had errors for years
-    probs = F.softmax(logits.double() / temperature, dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     nucleus = top_p is not None and top_p < 1
     if top_k or nucleus:
         V = logits.size(-1)
-        top, ids = probs.topk(min(top_k or V, V))  # the most probable first
+        top, ids = logits.topk(min(top_k or V, V))  # the most probable first
         if nucleus:
-            mass = (top / top.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
+            mass = F.softmax(top, dim=-1).cumsum(dim=-1)
             before = F.pad(mass[:, :-1], (1, 0), value=-1)  # -1: the first stays even for 0
-            top = top.masked_fill(before >= top_p, 0)
-        probs = torch.zeros_like(probs).scatter(-1, ids, top)
-    return torch.multinomial(probs, 1, generator=generator).to(device)
+            top = top.masked_fill(before >= top_p, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, top)
+    probs = F.softmax(logits, dim=-1)
+    if probs.device.type == "mps":  # its multinomial has drawn wrongly for years
+        return torch.multinomial(probs.cpu(), 1, generator=generator).to(probs.device)
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@
     python test_all.py -k resume   those with "resume" in their name
     python test_all.py --bench     images/s beside the ordinary way of doing the same work
 
-DATA_DIR names a folder with the real MNIST (MNIST/raw/...); without it the tests that need it
-are skipped, and say so.
+DATA_DIR names a folder with the real MNIST (MNIST/raw/...) and GPT-2's tokenizer (gpt2/vocab.json
+and merges.txt, and its weights if they are at hand), REFERENCE_DIR one with what other
+implementations of GPT-2 made. Tests that miss these, transformers or tiktoken are skipped, and say
+so.
 """
 
 import ast
@@ -28,21 +30,35 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import unittest
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import aae
 import common
+import gpt
 import vae
 
 HERE = Path(__file__).parent
 DATA_DIR = os.environ.get("DATA_DIR", "")
 needs_mnist = unittest.skipUnless(Path(DATA_DIR, "MNIST/raw").is_dir(),
                                   "DATA_DIR names no folder with MNIST in it")
+GPT2_FILES = [Path(DATA_DIR, "gpt2", name) for name in ("vocab.json", "merges.txt")]
+needs_gpt2_files = unittest.skipUnless(GPT2_FILES[0].is_file(),
+                                       "DATA_DIR names no folder with GPT-2's tokenizer in it")
+REFERENCE_DIR = os.environ.get("REFERENCE_DIR", "")
+needs_references = unittest.skipUnless(Path(REFERENCE_DIR, "gpt2_tiny").is_dir(),
+                                       "REFERENCE_DIR names no folder with references in it")
+needs_transformers = unittest.skipUnless(find_spec("transformers"), "transformers is not installed")
+RANDOM_STRINGS = int(os.environ.get("RANDOM_STRINGS", 20_000))
+needs_tiktoken = unittest.skipUnless(find_spec("tiktoken"), "tiktoken is not installed")
 SHORT = ["--dataset", "glyphs", "--limit", "200", "--batch-size", "64", "--device", "cpu"]
 
 
@@ -75,6 +91,14 @@ class TemporaryFolder(unittest.TestCase):
         drawn = mock.patch.object(common, "draw_glyphs", lambda: GLYPHS)
         drawn.start()
         self.addCleanup(drawn.stop)
+
+    def assert_refused(self, *argv, saying=""):
+        before = snapshot(".")
+        status, out, err = run_main(self.module.main, *argv)
+        self.assertEqual((status, out), (2, ""), argv)
+        self.assertRegex(err.splitlines()[-1], f"^{self.module.__name__}.py: error: .*{saying}")
+        self.assertNotIn("Traceback", err)
+        self.assertEqual(snapshot("."), before)
 
 
 DRAW_GLYPHS = common.draw_glyphs
@@ -466,6 +490,815 @@ class AAEMathematics(unittest.TestCase):
         self.assertEqual(len(pasted["visualize_manifold"](model.decoder, 3)), 9)
 
 
+def small_gpt(spread=0.3, **changes):
+    """A GPT in float64 whose attention is far from uniform, as it is in a trained one."""
+    config = dict(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32) | changes
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(**config)).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=spread)
+    return model.eval()
+
+
+def numpy_gpt2(weights, n_head, ids):
+    """GPT-2 once more, by itself. weights: {name: array}; ids: [T] -> logits [T, V]"""
+    def layer_norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def dense(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    T = len(ids)
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][:T]
+    for i in range(sum(name.endswith("ln_1.bias") for name in weights)):
+        qkv = dense(layer_norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
+        heads, parts = [], np.split(qkv, 3 * n_head, axis=-1)
+        for q, k, v in zip(*(parts[j * n_head:(j + 1) * n_head] for j in range(3)), strict=True):
+            weight = np.exp(q @ k.T / np.sqrt(k.shape[-1])) * np.tri(T)
+            heads.append(weight / weight.sum(-1, keepdims=True) @ v)
+        x = x + dense(np.concatenate(heads, axis=-1), f"h.{i}.attn.c_proj")
+        h = dense(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        h = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h ** 3)))
+        x = x + dense(h, f"h.{i}.mlp.c_proj")
+    return layer_norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+class GPTMathematics(unittest.TestCase):
+    def setUp(self):
+        self.model = small_gpt()
+        self.idx = torch.randint(61, (5, 24), generator=torch.Generator().manual_seed(0))
+
+    def test_logits_are_those_of_a_gpt2_in_numpy(self):
+        weights = {name: weight.numpy() for name, weight in self.model.state_dict().items()}
+        logits = self.model(self.idx)[0]
+        self.assertEqual(logits.shape, (5, 24, 61))
+        for row, ids in zip(logits, self.idx, strict=True):
+            expected = torch.from_numpy(numpy_gpt2(weights, 4, ids.numpy()))
+            torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-9)
+
+    def test_attention_by_hand(self):
+        q = torch.tensor([[[[2.]], [[2.]]]]).transpose(1, 2)  # [1, 1, 2, 1]
+        k, v = torch.tensor([[[[0.], [math.log(3) / 2]]]]), torch.tensor([[[[1.], [5.]]]])
+        mask = torch.tensor([[True, False], [True, True]])
+        y = gpt.attention(q, k, v, mask)
+        torch.testing.assert_close(y.flatten(), torch.tensor([1., (1 + 3 * 5) / 4]))
+        torch.manual_seed(0)
+        ones = torch.ones(1, 1, 100, 1)
+        mask = torch.ones(100, 100, dtype=torch.bool)
+        self.assertAlmostEqual(gpt.attention(ones, ones, ones, mask, 0.25).mean().item(), 1,
+                               delta=0.02)
+        one = ones[:, :, :1]
+        dropped = gpt.attention(ones, one, one, mask[:, :1], 0.25).flatten()
+        self.assertEqual(set(dropped.mul(3 / 4).round(decimals=4).tolist()), {0, 1})
+
+    def test_fused_and_plain_attention_are_the_same_in_value_and_gradient(self):
+        plain = small_gpt(fused=False)
+        losses = [model(self.idx, self.idx.roll(-1, 1))[1] for model in (self.model, plain)]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+        for loss in losses:
+            loss.backward()
+        for (name, a), b in zip(self.model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=name)
+            self.assertGreater(a.grad.abs().sum().item(), 0, name)
+
+    def test_linear_is_linear_for_any_number_of_rows(self):
+        torch.manual_seed(0)
+        for threads, n_out, shape in itertools.product(
+                (1, 2, 3, 64), (1, 6, 7, 87), ((7,), (1, 1, 7), (2, 3, 7), (32, 7), (33, 7))):
+            x, weight, bias = torch.randn(shape), torch.randn(n_out, 7), torch.randn(n_out)
+            x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+            with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads):
+                for b in (bias, None):
+                    ours, theirs = gpt.linear(x, weight, b), F.linear(x, weight, b)
+                    torch.testing.assert_close(ours, theirs)
+                    tensors = (x, weight) + (bias,) * (b is not None)
+                    torch.testing.assert_close(torch.autograd.grad(ours.sin().sum(), tensors),
+                                               torch.autograd.grad(theirs.sin().sum(), tensors))
+
+    def test_no_position_sees_a_later_one(self):
+        changed = self.idx.clone()
+        changed[:, 10:] = 60 - changed[:, 10:]
+        before, after = self.model(self.idx)[0], self.model(changed)[0]
+        torch.testing.assert_close(before[:, :10], after[:, :10])
+        self.assertGreater((before[:, 10:] - after[:, 10:]).abs().amax(-1).min().item(), 0.01)
+
+    def test_the_loss_is_the_mean_cross_entropy_and_not_in_bfloat16(self):
+        targets = self.idx.roll(-1, 1)
+        logits, loss = self.model(self.idx, targets)
+        expected = -torch.distributions.Categorical(logits=logits).log_prob(targets).mean()
+        torch.testing.assert_close(loss, expected)
+        self.assertIsNone(self.model(self.idx)[1])
+        half = small_gpt(spread=0.1).bfloat16()
+        logits, loss = half(self.idx, targets)
+        self.assertEqual((logits.dtype, loss.dtype), (torch.bfloat16, torch.float32))
+        torch.testing.assert_close(
+            loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
+
+    def test_an_untrained_model_knows_nothing_and_has_gpt2s_initial_weights(self):
+        torch.manual_seed(0)
+        model = gpt.GPT(gpt.GPTConfig(1000, 64, 8, 4, 128, dropout=0.1))
+        idx = torch.randint(1000, (4, 64))
+        self.assertAlmostEqual(model(idx, idx.roll(1, 1))[1].item(), math.log(1000), delta=0.1)
+        for name, parameter in model.named_parameters():
+            std = 0.01 if name == "wpe.weight" else 0.02 / 4 ** name.endswith("c_proj.weight")
+            if parameter.dim() == 2:
+                self.assertAlmostEqual(parameter.std().item() / std, 1, delta=0.05, msg=name)
+            else:
+                self.assertEqual(parameter.unique().tolist(), [float("ln" in name and
+                                                                     name.endswith("weight"))])
+
+    def test_sizes(self):
+        with torch.device("meta"):
+            for name, millions in (("gpt2", 124.439808), ("gpt2-medium", 354.823168),
+                                   ("gpt2-large", 774.030080), ("gpt2-xl", 1557.6112)):
+                model = gpt.GPT(gpt.GPTConfig(50257, 1024, *gpt.SIZES[name]))
+                self.assertEqual(sum(p.numel() for p in model.parameters()), millions * 1e6, name)
+        with self.assertRaisesRegex(ValueError, "n_embd 100 is not a multiple of n_head 3"):
+            gpt.GPTConfig(10, 10, 1, 3, 100)
+
+    def test_dropout_is_for_training_only(self):
+        for fused in (True, False):
+            model = small_gpt(dropout=0.2, fused=fused)
+            expected = self.model(self.idx)[0]
+            torch.testing.assert_close(model(self.idx)[0], expected)
+            self.assertGreater((model.train()(self.idx)[0] - expected).abs().mean().item(), 0.1)
+
+    def test_autocast_changes_the_loss_by_little(self):
+        model, targets = small_gpt(spread=0.1).float(), self.idx.roll(-1, 1)
+        precise = model(self.idx, targets)[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(self.idx, targets)[1]
+            model.generate(self.idx[:, :3], 30)
+        self.assertEqual(loss.dtype, torch.float32)
+        torch.testing.assert_close(loss, precise, rtol=0.01, atol=0)
+
+    def test_pasted_with_torch_alone_it_trains_writes_and_loads(self):
+        pasted = paste(HERE / "gpt.py", ["GPT", "GPTConfig", "BPETokenizer", "CharTokenizer",
+                                         "load_tokenizer"])
+        model = pasted["GPT"](pasted["GPTConfig"](61, 24, 2, 2, 16, fused=False))
+        model(self.idx, self.idx)[1].backward()
+        self.assertEqual(model.generate(self.idx, 3, top_p=0.9).shape, (5, 27))
+        self.assertEqual(pasted["CharTokenizer"]("abc").encode("cab"), [2, 0, 1])
+        with tempfile.TemporaryDirectory() as folder:
+            write_hub_folder(folder, self.model)
+            loaded = pasted["GPT"].from_pretrained(folder)
+        torch.testing.assert_close(loaded.wte.weight, self.model.wte.weight.float())
+
+
+class Generation(unittest.TestCase):
+    def setUp(self):
+        self.model = small_gpt()
+        self.idx = torch.randint(61, (5, 24), generator=torch.Generator().manual_seed(0))
+
+    def test_the_cache_changes_nothing(self):
+        for fused, B, T, do_sample in itertools.product(
+                (True, False), (1, 5), (1, 7, 24, 40), (False, True)):
+            model = small_gpt(fused=fused)
+            idx = self.idx.repeat(1, 2)[:B, :T]
+            new = 24 + 50 - min(T, 24)
+            cached, uncached = (model.generate(
+                idx, new, do_sample=do_sample, temperature=1.5, use_cache=use_cache,
+                generator=torch.Generator().manual_seed(1)) for use_cache in (True, False))
+            self.assertEqual(cached.shape, (B, T + new))
+            self.assertTrue(torch.equal(cached[:, :T], idx))
+            self.assertTrue(torch.equal(cached, uncached), (fused, B, T, do_sample))
+            if do_sample:
+                self.assertGreater(len(cached[:, T:].unique()), 20)
+
+    def test_greedy_is_the_most_probable_token_of_the_whole_window(self):
+        idx = self.idx[:, :3]
+        for _ in range(30):
+            logits = self.model(idx[:, -24:])[0]
+            idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        self.assertTrue(torch.equal(self.model.generate(self.idx[:, :3], 30, do_sample=False), idx))
+        self.assertTrue(torch.equal(self.model.generate(self.idx[:, :3], 30, temperature=0), idx))
+        self.assertTrue(torch.equal(self.model.generate(self.idx[:, :3], 30, top_k=1), idx))
+        self.assertTrue(torch.equal(self.model.generate(self.idx[:, :3], 30, top_p=0), idx))
+
+    def test_a_row_that_stopped_stays_so_and_when_all_have_the_model_rests(self):
+        script = iter(torch.tensor([[1, 2], [9, 3], [5, 4], [6, 9], [7, 7]]).unsqueeze(-1))
+        with mock.patch.object(gpt, "next_token", lambda *_, **__: next(script)):
+            tokens = self.model.generate(self.idx[:2, :4], 7, stop_token=9)
+        self.assertEqual(tokens[:, 4:].tolist(), [[1, 9, 9, 9, 9, 9, 9], [2, 3, 4, 9, 9, 9, 9]])
+        self.assertEqual(len(list(script)), 1)
+
+    def test_no_new_token_is_the_prompt_itself(self):
+        self.assertTrue(torch.equal(self.model.generate(self.idx, 0), self.idx))
+
+    def test_training_goes_on_undisturbed(self):
+        self.model.train()
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        tokens = self.model.generate(self.idx, 3, generator=torch.Generator().manual_seed(0))
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+        self.assertTrue(self.model.training)
+        self.model(tokens[:, -24:], tokens[:, -24:])[1].backward()  # they are ordinary tensors
+
+    def draws(self, probabilities, number=2000, **options):
+        """The share of each token among `number` draws"""
+        logits = torch.tensor(probabilities).log().expand(number, -1)
+        generator = torch.Generator().manual_seed(0)
+        tokens = gpt.next_token(logits, generator=generator, **options)
+        self.assertEqual(tokens.shape, (number, 1))
+        return torch.bincount(tokens.flatten(), minlength=len(probabilities)) / number
+
+    def test_top_p_keeps_the_fewest_tokens_that_make_up_the_mass(self):
+        for top_p, kept in ((0, 1), (0.4, 1), (0.5, 1), (0.501, 2), (0.9, 2), (0.92, 3), (1, 3)):
+            shares = self.draws([0.09, 0.5, 0.41], top_p=top_p)
+            self.assertEqual([i for i in (1, 2, 0) if shares[i]], [1, 2, 0][:kept], top_p)
+        # of the two that top-k leaves, the first has 0.55 of the mass
+        self.assertEqual(self.draws([0.5, 0.41, 0.09], top_k=2, top_p=0.54)[1], 0)
+        self.assertGreater(self.draws([0.5, 0.41, 0.09], top_k=2, top_p=0.56)[1], 0.4)
+
+    def test_top_k_keeps_k_tokens_even_of_equal_ones(self):
+        for top_k, kept in ((None, 10), (0, 10), (1, 1), (3, 3), (10, 10), (10**6, 10)):
+            self.assertEqual((self.draws([0.1] * 10, top_k=top_k) > 0).sum(), kept, top_k)
+
+    def test_draws_follow_the_distribution(self):
+        p = torch.tensor([0.6, 0.3, 0.1])
+        for temperature in (0.5, 1.0, 2.0):
+            expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+            shares = self.draws(p.tolist(), 50_000, temperature=temperature)
+            torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+        for temperature in (1e-3, 1e-6, 1e-40, 0):
+            shares = self.draws([0.3, 0.31, 0.39], temperature=temperature)
+            self.assertEqual(shares.tolist(), [0, 0, 1])
+
+
+def byte_characters():
+    """How GPT-2's files write the 256 bytes"""
+    characters, others = [], iter(range(256, 512))
+    for byte in range(256):
+        itself = 33 <= byte < 127 or 161 <= byte < 256 and byte != 173
+        characters.append(chr(byte if itself else next(others)))
+    return characters
+
+
+class Tokenizers(TemporaryFolder):
+    def own_files(self, *merges, special=("<|endoftext|>",)):
+        """The files of a small vocabulary: 256 bytes, what `merges` make, and special tokens."""
+        tokens = [*byte_characters(), *(merge.replace(" ", "") for merge in merges), *special]
+        Path("vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), "utf-8")
+        Path("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+        return "vocab.json", "merges.txt"
+
+    def test_pairs_merge_in_the_order_of_the_list_and_from_left_to_right(self):
+        tokenizer = gpt.BPETokenizer(*self.own_files("b c", "a a", "a b", "aa a", "Ġ a", "bc bc"))
+        tokens = dict(enumerate(json.loads(Path("vocab.json").read_text())))
+        for text, expected in (("abc", "a bc"), ("ab", "ab"), ("aaaaa", "aa aaa"), ("aab", "aa b"),
+                               ("bcbcbc", "bcbc bc"), (" a ab", "Ġa Ġ ab"), ("a" * 7, "aa aa aaa"),
+                               ("", ""), ("x", "x"), ("bb", "b b")):
+            self.assertEqual([tokens[i] for i in tokenizer.encode(text)], expected.split(), text)
+            self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
+
+    def test_end_of_text_is_text_unless_it_is_asked_for(self):
+        tokenizer = gpt.BPETokenizer(*self.own_files())
+        self.assertEqual((tokenizer.end_of_text, len(tokenizer)), (256, 257))
+        plain = tokenizer.encode("a<|endoftext|>")
+        self.assertEqual(len(plain), 14)
+        self.assertEqual(tokenizer.decode(plain), "a<|endoftext|>")
+        self.assertEqual(tokenizer.encode("a<|endoftext|><|endoftext|>b", special=True),
+                         [*tokenizer.encode("a"), 256, 256, *tokenizer.encode("b")])
+
+    def test_any_ids_decode_and_half_characters_wait_for_the_rest(self):
+        tokenizer = gpt.BPETokenizer(*self.own_files())
+        ids = list("né😀\n".encode())
+        self.assertEqual(list(tokenizer.stream(ids)),
+                         ["n", "", "é", "", "", "", "😀", "\n", ""])
+        self.assertEqual(tokenizer.decode(ids[:-2]), "né\ufffd")
+        self.assertEqual(tokenizer.decode([0xff, 0xc3, 0x28, 10**9]), "\ufffd\ufffd(\ufffd")
+        self.assertEqual(tokenizer.decode([-1]), "\ufffd")
+        generator = random.Random(0)
+        for _ in range(200):
+            ids = generator.choices(range(256), k=20)
+            self.assertEqual(tokenizer.decode(ids), bytes(ids).decode("utf-8", "replace"))
+
+    def test_surrogates_are_joined_or_replaced(self):
+        tokenizer = gpt.BPETokenizer(*self.own_files())
+        self.assertEqual(tokenizer.decode(tokenizer.encode("\ud83d\ude00 a\ud83d\0")),
+                         "😀 a\ufffd\0")
+
+    def test_words_are_split_as_unicode_says(self):
+        split = gpt.word_pattern().findall
+        for text, words in (
+                ("I'm he'LL", ["I", "'m", " he", "'", "LL"]),
+                ("a_b", ["a", "_", "b"]),
+                ("x² ½ Ⅷ", ["x", "²", " ½", " Ⅷ"]),  # numbers that are no digits
+                ("a\x1cb \x1f", ["a", "\x1c", "b", " \x1f"]),  # no white space
+                ("a  b\u2003\u3000c", ["a", " ", " b", "\u2003", "\u3000", "c"]),
+                ("e\u0301", ["e", "\u0301"]),  # a combining mark is no letter
+                ("a\r\n\n b ", ["a", "\r\n\n", " b", " "]),
+                ("𝒳 𐍈1", ["𝒳", " 𐍈", "1"])):
+            self.assertEqual(split(text), words)
+
+    def test_files_that_are_damaged_or_do_not_belong_together(self):
+        vocab, merges = self.own_files("a b", "ab c", special=("<|endoftext|>", "<pad>"))
+        self.assertEqual(len(gpt.BPETokenizer(vocab, merges)), 260)
+        whole = {name: Path(name).read_text(encoding="utf-8") for name in (vocab, merges)}
+        for name, text, saying in (
+                (merges, whole[merges][:-5], "does not make all tokens of"),
+                (merges, whole[merges] + "x y\n", "KeyError: 'xy'"),
+                (merges, "<!DOCTYPE html>\n<html>404 Not Found", "do not belong together"),
+                (vocab, whole[vocab][:100], "JSONDecodeError"),
+                (vocab, "[]", "AttributeError"), (vocab, "{}", "KeyError")):
+            Path(name).write_text(text, encoding="utf-8")
+            with self.assertRaisesRegex(ValueError, saying):
+                gpt.BPETokenizer(vocab, merges)
+            Path(name).write_text(whole[name], encoding="utf-8")
+
+    @needs_gpt2_files
+    def test_long_words_take_no_quadratic_time(self):
+        tokenizer = gpt.BPETokenizer(*GPT2_FILES)
+        letters = "".join(random.Random(0).choices("etaoinshrdlu", k=30_000))
+        for word in ("a" * 30_000, letters, " " * 30_000):
+            start = time.process_time()
+            self.assertEqual(tokenizer.decode(tokenizer.encode(word)), word)
+            self.assertLess(time.process_time() - start, 10)  # hours, if it were
+
+    @needs_gpt2_files
+    @needs_references
+    def test_the_reference_cases(self):
+        tokenizer = gpt.BPETokenizer(*GPT2_FILES)
+        lines = Path(REFERENCE_DIR, "gpt2_bpe_cases.jsonl").read_text("utf-8").split("\n")
+        cases = [json.loads(line) for line in lines if line]
+        self.assertGreater(len(cases), 200)
+        for case in cases:
+            self.assertEqual(tokenizer.encode(case["text"]), case["ids"])
+            self.assertEqual(tokenizer.decode(case["ids"]), case["text"])
+
+    @needs_gpt2_files
+    @needs_tiktoken
+    def test_random_texts_are_encoded_as_tiktoken_does(self):
+        import tiktoken
+
+        vocab = json.loads(GPT2_FILES[0].read_text(encoding="utf-8"))
+        byte = {character: bytes([b]) for b, character in enumerate(byte_characters())}
+        ranks = {b"".join(map(byte.get, token)): id for token, id in vocab.items() if id < 50256}
+        oracle = tiktoken.Encoding(
+            "gpt2", explicit_n_vocab=50257, mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": 50256}, pat_str="'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?"
+            "\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+")
+        tokenizer = gpt.BPETokenizer(*GPT2_FILES)
+        assigned = [chr(code) for code in range(sys.maxunicode + 1)
+                    if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+        ascii = [chr(code) for code in range(128)]
+        hard = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2028'sdmtlrevSLT0129½²Ⅷ_aAé\u0301\u200d日.-"
+        generator = random.Random(0)
+        for _ in range(RANDOM_STRINGS):
+            pool = generator.choice([assigned, assigned[:3000], ascii, hard])
+            text = "".join(generator.choices(pool, k=generator.randrange(1, 40)))
+            if generator.random() < 0.3:
+                text = "".join(c + generator.choice([" ", "", "'s"]) for c in text)
+            ids = tokenizer.encode(text)
+            self.assertEqual(ids, oracle.encode(text, disallowed_special=()))
+            self.assertEqual(tokenizer.decode(ids), text)
+
+    def test_characters(self):
+        tokenizer = gpt.CharTokenizer("\n abc")
+        self.assertEqual(tokenizer.encode("cab\n"), [4, 2, 3, 0])
+        self.assertEqual(tokenizer.decode([4, 2, 3, 0, 99, -1]), "cab\n\ufffd\ufffd")
+        self.assertEqual(list(tokenizer.stream([2, 3])), ["a", "b"])
+        with self.assertRaisesRegex(ValueError, "never saw 'dx'"):
+            tokenizer.encode("axbxd")
+
+
+def hub_tensors(model):
+    """The weights of a GPT as the public checkpoints hold them, [in, out]."""
+    return {name: (w.t() if ".c_" in name and w.dim() == 2 else w).float().contiguous()
+            for name, w in model.state_dict().items()}
+
+
+def write_safetensors(path, tensors):
+    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.bool: "BOOL", torch.int8: "I8"}
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": types[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(content), len(content) + len(data)]}
+        content += data
+    header = json.dumps(header).encode()
+    Path(path).write_bytes(len(header).to_bytes(8, "little") + header + content)
+
+
+def write_hub_folder(folder, model, tensors=None, **settings):
+    """A folder as on the hub, with model.safetensors"""
+    config = model.config
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd} | settings))
+    write_safetensors(folder / "model.safetensors", tensors or hub_tensors(model))
+
+
+class Pretrained(TemporaryFolder):
+    def setUp(self):
+        super().setUp()
+        self.model = small_gpt().float()
+        self.tensors = hub_tensors(self.model)
+        self.idx = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+
+    def assert_loaded(self, path, tolerance=0.0):
+        model = gpt.GPT.from_pretrained(path)
+        self.assertFalse(model.training)
+        for name, weight in self.model.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=tolerance)
+
+    def assert_not_loaded(self, saying, path="m", **changes):
+        if changes:
+            write_hub_folder(path, self.model, **changes)
+        with self.assertRaisesRegex((ValueError, OSError), saying):
+            gpt.GPT.from_pretrained(path)
+
+    def test_every_layout_of_the_hub(self):
+        prefixed = {f"transformer.{name}": tensor for name, tensor in self.tensors.items()}
+        masks = {"h.0.attn.bias": torch.ones(1, 1, 24, 24, dtype=torch.bool),
+                 "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
+        head = {"lm_head.weight": self.tensors["wte.weight"]}
+        headed = {n: t for n, t in prefixed.items() if "wte" not in n} | head
+        for tensors in (self.tensors, prefixed, self.tensors | masks, prefixed | head, headed):
+            write_hub_folder("m", self.model, tensors=tensors)
+            self.assert_loaded("m")
+            self.assert_loaded("m/model.safetensors")
+            os.remove("m/model.safetensors")
+            for new in (True, False):  # torch's format of today, and that before 1.6
+                torch.save(tensors, "m/pytorch_model.bin", _use_new_zipfile_serialization=new)
+                self.assert_loaded("m")
+            os.remove("m/pytorch_model.bin")
+        for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 1e-2)):
+            halves = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+            write_hub_folder("m", self.model, tensors=halves)
+            self.assert_loaded("m", tolerance)
+            self.assertEqual(gpt.GPT.from_pretrained("m").wte.weight.dtype, torch.float32)
+
+    def test_every_tensor_is_used_once_or_named(self):
+        tensors = self.tensors
+        missing = {name: tensor for name, tensor in tensors.items() if name != "h.1.ln_2.bias"}
+        self.assert_not_loaded(r"h.1.ln_2.bias missing for \(32,\)", tensors=missing)
+        self.assert_not_loaded(r"h.3.ln_1.bias \(32,\) for none",
+                               tensors=tensors | {"h.3.ln_1.bias": torch.zeros(32)})
+        self.assert_not_loaded("m/model.safetensors holds ln_f.bias twice",
+                               tensors=tensors | {"transformer.ln_f.bias": torch.zeros(32)})
+        turned = {"h.0.attn.c_attn.weight": tensors["h.0.attn.c_attn.weight"].t()}
+        self.assert_not_loaded(r"h.0.attn.c_attn.weight \(32, 96\) for \(96, 32\)",
+                               tensors=tensors | turned)
+        self.assert_not_loaded("lm_head.weight differs from wte.weight", tensors=tensors | {
+            "lm_head.weight": tensors["wte.weight"] + 1e-6})
+        self.assert_not_loaded(r"wpe.weight \(24, 32\) for \(23, 32\)", n_positions=23)
+
+    def test_other_architectures_are_refused_by_name(self):
+        for setting, value in (
+                ("model_type", "gpt_neo"), ("activation_function", "relu"),
+                ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
+                ("scale_attn_by_inverse_layer_idx", True), ("reorder_and_upcast_attn", True),
+                ("add_cross_attention", True)):
+            self.assert_not_loaded(f"its {setting} is {value!r}, and", **{setting: value})
+        self.assert_not_loaded("n_embd 32 is not a multiple of n_head 5", n_head=5)
+        self.assert_not_loaded("c_fc", n_layer=3, tensors=self.tensors | {
+            "h.0.mlp.c_fc.weight": torch.zeros(32, 96)})  # n_inner
+
+    def test_files_that_are_damaged_or_missing(self):
+        self.assert_not_loaded("nowhere holds no weights: give one of gpt2, gpt2-medium", "nowhere")
+        self.assert_not_loaded("holds no weights", "")
+        write_hub_folder("m", self.model)
+        whole = Path("m/model.safetensors").read_bytes()
+        for content in (b"", whole[:5], whole[:500], whole[:-1], b"<!DOCTYPE html> 404" * 100,
+                        (2**60).to_bytes(8, "little") + whole[8:],
+                        (2).to_bytes(8, "little") + b"[]"):
+            Path("m/model.safetensors").write_bytes(content)
+            self.assert_not_loaded("model.safetensors is damaged or holds no weights .*: delete it")
+        write_safetensors("m/model.safetensors", {"wte.weight": torch.zeros(2, dtype=torch.int8)})
+        self.assert_not_loaded("holds no weights .*I8")
+        Path("m/model.safetensors").write_bytes(whole)
+        for config in ("", "[]", "{}"):
+            Path("m/config.json").write_text(config)
+            self.assert_not_loaded("config.json describes no GPT-2")
+        os.remove("m/config.json")
+        self.assert_not_loaded("config.json is not there: put it beside the weights")
+        write_hub_folder("n", self.model)
+        os.remove("n/model.safetensors")
+        for content in (b"", b"half a check", whole):
+            Path("n/pytorch_model.bin").write_bytes(content)
+            self.assert_not_loaded("pytorch_model.bin is damaged or holds no weights", "n")
+        torch.save({"state_dict": {}}, "n/pytorch_model.bin")
+        self.assert_not_loaded("holds more than tensors: state_dict", "n")
+
+    def test_a_pickle_is_never_run(self):
+        class Harmful:
+            def __reduce__(self):
+                return os.mkdir, ("harmed",)
+
+        write_hub_folder("m", self.model)
+        os.remove("m/model.safetensors")
+        torch.save(self.tensors | {"more": Harmful()}, "m/pytorch_model.bin")
+        self.assert_not_loaded("pytorch_model.bin is damaged or holds no weights")
+        self.assertFalse(Path("harmed").exists())
+
+    def test_the_folder_of_a_run(self):
+        save_run("run", self.model, "\n abc")
+        self.assert_loaded("run")
+        self.assert_loaded("run/best.pt")
+        self.assertEqual(gpt.load_tokenizer("run").encode("cab"), [4, 2, 3])
+        Path("other").mkdir()
+        common.save_checkpoint(Path("other/best.pt"), {"model": {}, "args": {"script": "vae.py"}})
+        self.assert_not_loaded("other/best.pt was not written by gpt.py", "other")
+
+    def test_loading_takes_little_more_memory_than_the_weights(self):
+        torch.manual_seed(0)
+        model = gpt.GPT(gpt.GPTConfig(50257, 64, 2, 4, 512))
+        weights = sum(p.nbytes for p in model.parameters())  # 128 MB
+        write_hub_folder("m", model)
+        torch.save(hub_tensors(model), "pytorch_model.bin")
+        shutil.copy("m/config.json", ".")
+        del model
+        if not Path("/proc/self/status").exists():
+            self.skipTest("needs Linux's /proc to measure memory")
+        for path in ("m", "pytorch_model.bin"):
+            _, peak = peak_memory(lambda path=path: gpt.GPT.from_pretrained(path))
+            self.assertLess(peak, 1.3 * weights)
+            self.assertGreater(peak, 0.5 * weights)  # some are pages that had been freed before
+
+    @needs_references
+    def test_the_reference_model_in_both_layouts(self):
+        expected = np.load(Path(REFERENCE_DIR, "gpt2_tiny/expected.npz"))
+        expected = {name: torch.from_numpy(array) for name, array in expected.items()}
+        ids, greedy = expected["ids"], expected["greedy"]
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            model = gpt.GPT.from_pretrained(Path(REFERENCE_DIR, "gpt2_tiny", name))
+            with torch.no_grad():
+                logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
+            error = (logits - expected["logits"]).abs().max() / expected["logits"].std()
+            self.assertLess(error.item(), 1e-4)
+            self.assertAlmostEqual(loss.item(), expected["loss"].item(), delta=1e-5)
+            for use_cache in (True, False):
+                T = expected["prompt"].size(1)
+                tokens = model.generate(expected["prompt"], greedy.size(1) - T, do_sample=False,
+                                        use_cache=use_cache)
+                self.assertTrue(torch.equal(tokens, greedy))
+
+    @needs_transformers
+    def test_transformers_models_of_several_shapes(self):
+        import transformers
+
+        transformers.logging.disable_progress_bar()
+        for vocab_size, block_size, n_layer, n_head, n_embd in (
+                (97, 16, 1, 1, 8), (1000, 33, 2, 3, 48), (503, 128, 5, 2, 64), (61, 24, 3, 4, 32),
+                (2048, 64, 4, 8, 128), (50257, 1024, 12, 12, 768)):
+            torch.manual_seed(0)
+            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                vocab_size=vocab_size, n_positions=block_size, n_layer=n_layer, n_head=n_head,
+                n_embd=n_embd, bos_token_id=0, eos_token_id=None)).eval()
+            theirs.save_pretrained("m")
+            ours = gpt.GPT.from_pretrained("m")
+            idx = torch.randint(vocab_size, (2, min(block_size, 64)))
+            with torch.no_grad():
+                expected = theirs(idx, labels=idx)
+                logits, loss = ours(idx)[0], ours(idx[:, :-1], idx[:, 1:])[1]
+            error = (logits - expected.logits).abs().max() / expected.logits.std()
+            self.assertLess(error.item(), 1e-4)
+            self.assertAlmostEqual(loss.item(), expected.loss.item(), delta=1e-5)
+            tokens = theirs.generate(idx[:, :4], attention_mask=torch.ones_like(idx[:, :4]),
+                                     max_new_tokens=12, do_sample=False, pad_token_id=0)
+            for use_cache in (True, False):
+                self.assertTrue(torch.equal(tokens, ours.generate(
+                    idx[:, :4], 12, do_sample=False, use_cache=use_cache)))
+
+    def serve_files(self, broken=None):
+        """A server in the place of the hub's, with the files of self.model; -> names asked for"""
+        files, asked = {}, []
+        write_hub_folder("hub", self.model)
+        Tokenizers.own_files(self)
+        for path in (*Path("hub").iterdir(), Path("vocab.json"), Path("merges.txt")):
+            files[path.name] = path.read_bytes()
+        shutil.rmtree("hub")
+
+        def respond(handler, name):
+            asked.append(handler.path)
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(files[name])))
+            handler.end_headers()
+            handler.wfile.write(files[name][:-50] if name == broken else files[name])
+
+        self.replace_hub(serve(self, respond))
+        return asked
+
+    def replace_hub(self, address):
+        for module, name, value in ((gpt, "HUB", address), (torch.hub, "get_dir", lambda: "cache")):
+            replaced = mock.patch.object(module, name, value)
+            replaced.start()
+            self.addCleanup(replaced.stop)
+
+    def test_weights_are_downloaded_once(self):
+        asked = self.serve_files()
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assert_loaded("gpt2-medium")
+            self.assert_loaded("gpt2-medium")
+            self.assertEqual(len(gpt.load_tokenizer("gpt2-medium")), 257)
+        self.assertEqual(sorted(asked), [f"/gpt2-medium/resolve/main/{name}" for name in (
+            "config.json", "merges.txt", "model.safetensors", "vocab.json")])
+        self.assertEqual(os.listdir("cache"), ["checkpoints"])
+
+    def test_a_download_that_breaks_off_is_never_loaded(self):
+        self.serve_files(broken="model.safetensors")
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assert_not_loaded("safetensors is damaged .*: delete it, and fetch it", "gpt2")
+
+    def test_no_network_and_no_weights(self):
+        self.replace_hub("http://127.0.0.1:9")
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assert_not_loaded("gpt2 is not in cache/checkpoints/gpt2 and could not be "
+                                   "downloaded .*: run once online, or", "gpt2")
+
+    def test_the_public_weights(self):
+        """Texts, ids and logits that other implementations published for GPT-2 124M."""
+        places = (Path(DATA_DIR, "gpt2"), Path(torch.hub.get_dir(), "checkpoints/gpt2"))
+        folder = next((place for place in places if (place / "model.safetensors").exists()), None)
+        if folder is None:
+            self.skipTest("the public weights of GPT-2 are not at hand: they are downloaded by "
+                          "`python gpt.py generate`")
+        model, tokenizer = gpt.GPT.from_pretrained(folder), gpt.load_tokenizer(folder)
+        for text, ids in (
+                ("Alan Turing theorized that computers would one day become",
+                 [262, 749, 3665, 8217, 319, 262, 5440, 13, 198, 198]),
+                ("San Francisco is", [257, 1748, 286, 517, 621, 352, 1510, 661]),
+                ("Cars are", [407, 3142, 284, 307, 973, 287, 262, 7647, 1256, 286, 257, 7072, 13]),
+                ("Ondřej Čertík was born in",
+                 [1248, 5332, 287, 262, 7404, 286, 25370, 254, 368, 83, 6557, 81, 11]),
+                ("The dog", [373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688,
+                             27262, 13, 198, 198, 464, 3290])):
+            prompt = torch.tensor([tokenizer.encode(text)])
+            tokens = model.generate(prompt, len(ids), do_sample=False)
+            self.assertEqual(tokens[0, prompt.size(1):].tolist(), ids)
+        logits = model(torch.tensor([[15496]]))[0][0, 0, :8]
+        torch.testing.assert_close(logits, torch.tensor([
+            -35.236244, -35.326595, -38.975349, -39.390675, -37.653183, -38.672436, -36.024891,
+            -36.484154]), atol=1e-3, rtol=0)
+
+
+def save_run(folder, model, characters):
+    """What a training run leaves, as far as `generate` needs it"""
+    Path(folder).mkdir()
+    config = dict(vars(model.config), vocab_size=model.config.vocab_size)
+    common.save_checkpoint(Path(folder, "best.pt"), {
+        "model": model.state_dict(), "config": config, "characters": characters, "step": 1,
+        "args": {"script": "gpt.py"}})
+
+
+def peak_memory(work):
+    """-> what work() returns, and by how many bytes the process's own memory, without what it maps
+    of files, grew at most meanwhile (Linux)"""
+    def own_memory():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+    start = highest = own_memory()
+    done = threading.Event()
+
+    def watch():
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = work()
+        highest = max(highest, own_memory())
+    finally:
+        done.set()
+        watcher.join()
+    return result, highest - start
+
+
+class GPTCommandLine(TemporaryFolder):
+    module = gpt
+    CHARACTERS = "\n !'abcdefghijklmnopqrstuvwxyz"
+
+    def setUp(self):
+        super().setUp()
+        vocab_size = len(self.CHARACTERS)
+        save_run("run", small_gpt(vocab_size=vocab_size).float(), self.CHARACTERS)
+        write_hub_folder("hub", small_gpt(vocab_size=257))
+        os.chdir("hub")
+        Tokenizers.own_files(self)
+        os.chdir("..")
+
+    def generate(self, *argv, model="run", stdin=b""):
+        """-> what `generate` wrote to standard output and to standard error"""
+        with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))):
+            status, out, err = run_main(gpt.main, "generate", "--model", model, "--device", "cpu",
+                                        *argv)
+        self.assertEqual(status, 0, err)
+        return out, err
+
+    def test_bad_values_are_answered_in_one_line(self):
+        for argv, saying in (
+                ([], "required: COMMAND"), (["write"], "invalid choice: 'write'"),
+                (["generate", "--top-k", "-1"], "--top-k: -1 is out of range"),
+                (["generate", "--top-p", "1.1"], "--top-p: 1.1 is not between 0 and 1"),
+                (["generate", "--temperature", "-1"], "--temperature: -1 is not between 0 and"),
+                (["generate", "--temperature", "nan"], "--temperature: nan is not between"),
+                (["generate", "--temperature", "inf"], "--temperature: inf is not between"),
+                (["generate", "--num-samples", "0"], "--num-samples: 0 is out of range"),
+                (["generate", "--max-new-tokens", "-1"], "--max-new-tokens: -1 is out of range"),
+                (["generate", "--greedy", "--top-k", "3"], "--greedy leaves nothing to"),
+                (["generate", "--max-new", "3"], "unrecognized arguments: --max-new"),
+                (["generate", "--model", "nowhere"], "nowhere holds no weights"),
+                (["generate", "--model", "run", "--prompt", "a Z"], "the model never saw 'Z'"),
+                (["generate", "--model", "hub/config.json"], "config.json is damaged or holds no")):
+            with self.subTest(" ".join(argv)):
+                self.assert_refused(*argv, saying=saying)
+        os.remove("hub/merges.txt")
+        self.assert_refused("generate", "--model", "hub", saying="hub/merges.txt is not there")
+        save_run("less", small_gpt(vocab_size=5).float(), self.CHARACTERS)
+        self.assert_refused("generate", "--model", "less", saying="they do not belong together")
+
+    @unittest.skipIf(torch.cuda.is_available(), "this machine has a GPU")
+    def test_a_device_that_is_not_there(self):
+        self.assert_refused("generate", "--device", "cuda", saying="--device cuda: this machine")
+
+    def test_one_sample_of_each_kind_of_model(self):
+        for model in ("run", "run/best.pt", "hub", "hub/model.safetensors"):
+            out, err = self.generate("--prompt", "my text", "--max-new-tokens", 30, model=model)
+            self.assertTrue(out.startswith("my text"))
+            self.assertGreater(len(out), 20)
+            first, last = err.splitlines()
+            self.assertRegex(first, rf"^{model}: [\d,]+ parameters on cpu in float32; 7 tokens")
+            self.assertRegex(last, r"^1 x \d+ tokens in [\d.]+ s: [\d.]+ tokens/s$")
+
+    def test_a_seed_a_text(self):
+        first, second = (self.generate("--seed", 1)[0] for _ in range(2))
+        self.assertEqual(first, second)
+        self.assertNotEqual(first, self.generate("--seed", 2)[0])
+
+    def test_several_samples_are_one_batch_and_printed_one_after_another(self):
+        batches = []
+        hidden = gpt.GPT.hidden
+        with mock.patch.object(gpt.GPT, "hidden", lambda self, idx, *rest: batches.append(
+                len(idx)) or hidden(self, idx, *rest)):
+            out, err = self.generate("--num-samples", 3, "--prompt", "one", "--max-new-tokens", 12)
+        self.assertEqual(batches, [3] * 12)
+        samples = out.split("\n---\n")
+        self.assertEqual(len(set(samples)), 3)
+        self.assertTrue(all(sample.startswith("one") for sample in samples))
+        self.assertRegex(err.splitlines()[-1], r"^3 x 12 tokens in")
+
+    def test_the_limits_of_sampling(self):
+        greedy = self.generate("--greedy")[0]
+        for flag in ("--temperature", "--top-p"):
+            self.assertEqual(self.generate(flag, 0)[0], greedy)
+        self.assertEqual(self.generate("--top-k", 1)[0], greedy)
+        free = self.generate("--top-k", 0)[0]
+        self.assertNotEqual(free, greedy)
+        self.assertEqual(self.generate("--top-k", 10**6, "--top-p", 1)[0], free)
+
+    def test_nothing_new(self):
+        for flags in ([], ["--num-samples", 2]):
+            out = self.generate("--prompt", "as it is", "--max-new-tokens", 0, *flags)[0]
+            self.assertEqual(out, "---\n".join(["as it is\n"] * (1 + len(flags) // 2)))
+
+    def test_a_prompt_from_standard_input_loses_one_line_end(self):
+        for stdin, prompt in ((b"two\nlines\n\n", "two\nlines\n"), (b"one\r\n", "one"),
+                              (b"one", "one"), ("é😀".encode(), "é😀")):
+            out, _ = self.generate("--prompt", "-", "--max-new-tokens", 0, model="hub", stdin=stdin)
+            self.assertEqual(out, prompt + "\n")
+        with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"))):
+            self.assert_refused("generate", "--model", "hub", "--prompt", "-", saying="utf-8")
+
+    def test_unusual_prompts(self):
+        out, err = self.generate("--prompt", "a\0b\ud83dc", model="hub", stdin=b"")
+        self.assertTrue(out.startswith("a\0b\ufffdc"))
+        out, err = self.generate("--prompt", "long " * 20, "--max-new-tokens", 5)
+        self.assertEqual(len(out), 100 + 5 + 1)
+        self.assertIn("warning: the model sees only the last 24 tokens", err)
+
+    def test_an_empty_prompt_starts_a_new_text(self):
+        seen = []
+        hidden = gpt.GPT.hidden
+        with mock.patch.object(gpt.GPT, "hidden", lambda self, idx, *rest: seen.append(
+                idx.tolist()) or hidden(self, idx, *rest)):
+            for model, start in (("hub", 256), ("run", 0)):
+                self.generate(model=model)
+                self.assertEqual(seen[0], [[start]])
+                seen.clear()
+
+    def test_a_text_ends_where_the_model_ends_it(self):
+        script = iter(torch.tensor([97, 98, 256, 99]).view(4, 1, 1))
+        with mock.patch.object(gpt, "next_token", lambda *_, **__: next(script)):
+            out, err = self.generate("--prompt", "x", model="hub")
+        self.assertEqual(out, "xab\n")
+        self.assertIn("1 x 3 tokens", err)
+
+    def test_a_reader_sees_each_token_at_once(self):
+        written = []
+        with mock.patch("builtins.print", lambda *words, **_: written.append(words)):
+            self.generate("--prompt", "abc", "--max-new-tokens", 5)
+        self.assertEqual(len(written), 1 + 1 + 3 + 5 + 1 + 1)
+
+
 def paste(path, names):
     """The definitions `names`, and those of the file that they use, run by themselves with
     nothing of the file but its imports of torch and the standard library. -> their namespace"""
@@ -603,6 +1436,23 @@ class CommonParts(TemporaryFolder):
         self.assertEqual((torch.tensor(1e-30) * torch.tensor(1e-10)).item(), 0)  # no denormals
 
 
+def serve(test, respond):
+    """A server on localhost that answers with respond(handler, name of the file). -> its address"""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            respond(self, self.path.rsplit("/", 1)[-1])
+
+        def log_message(self, *message):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    test.addCleanup(server.server_close)
+    test.addCleanup(server.shutdown)
+    return f"http://127.0.0.1:{server.server_port}"
+
+
 class Datasets(TemporaryFolder):
     """Finding, checking and downloading: against the real files, and a server on localhost."""
 
@@ -648,21 +1498,10 @@ class Datasets(TemporaryFolder):
             common.load_mnist("fashion", "data", None, "cpu")
 
     def serve(self, respond):
-        """A server on localhost for MNIST's files, answered by respond(handler, name)."""
+        """A server on localhost in the place of MNIST's."""
         import torchvision
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                respond(self, self.path.rsplit("/", 1)[-1])
-
-            def log_message(self, *message):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        mirrors = [f"http://127.0.0.1:{server.server_port}/"]
+        mirrors = [serve(self, respond) + "/"]
         mirror = mock.patch.object(torchvision.datasets.MNIST, "mirrors", mirrors)
         mirror.start()
         self.addCleanup(mirror.stop)
@@ -733,14 +1572,6 @@ class Datasets(TemporaryFolder):
 
 class CommandLine:
     """What the scripts that train on images have in common; `module` is one of them."""
-
-    def assert_refused(self, *argv, saying=""):
-        before = snapshot(".")
-        status, out, err = run_main(self.module.main, *argv)
-        self.assertEqual((status, out), (2, ""), argv)
-        self.assertRegex(err.splitlines()[-1], f"^{self.module.__name__}.py: error: .*{saying}")
-        self.assertNotIn("Traceback", err)
-        self.assertEqual(snapshot("."), before)
 
     def test_bad_values_are_answered_in_one_line(self):
         Path("a_file").touch()
