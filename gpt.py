@@ -181,17 +181,23 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        wte = torch.empty(config.vocab_size, config.n_embd)
+        wpe = torch.empty(config.block_size, config.n_embd)
+        self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        if not wte.is_meta:  # else only shapes are wanted
+            self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal, and smaller in what each of the 2 n_layer residual branches adds."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # GPT-2's: what each of the 2 n_layer residual branches adds starts out smaller.
                 std = 0.01 if name == "wpe.weight" else 0.02
                 if name.endswith("c_proj.weight"):
-                    std /= math.sqrt(2 * config.n_layer)
+                    std /= math.sqrt(2 * self.config.n_layer)
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)

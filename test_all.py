@@ -12,6 +12,7 @@ so.
 
 import ast
 import contextlib
+import copy
 import gzip
 import hashlib
 import http.server
@@ -1006,20 +1007,16 @@ class Pretrained(TemporaryFolder):
         common.save_checkpoint(Path("other/best.pt"), {"model": {}, "args": {"script": "vae.py"}})
         self.assert_not_loaded("other/best.pt was not written by gpt.py", "other")
 
+    @unittest.skipUnless(Path("/proc/self/status").exists(), "needs Linux's /proc")
     def test_loading_takes_little_more_memory_than_the_weights(self):
         torch.manual_seed(0)
-        model = gpt.GPT(gpt.GPTConfig(50257, 64, 2, 4, 512))
-        weights = sum(p.nbytes for p in model.parameters())  # 128 MB
+        model = gpt.GPT(gpt.GPTConfig(50257, 64, 2, 4, 512))  # 128 MB
         write_hub_folder("m", model)
         torch.save(hub_tensors(model), "pytorch_model.bin")
         shutil.copy("m/config.json", ".")
-        del model
-        if not Path("/proc/self/status").exists():
-            self.skipTest("needs Linux's /proc to measure memory")
         for path in ("m", "pytorch_model.bin"):
-            _, peak = peak_memory(lambda path=path: gpt.GPT.from_pretrained(path))
-            self.assertLess(peak, 1.3 * weights)
-            self.assertGreater(peak, 0.5 * weights)  # some are pages that had been freed before
+            _, peak = load_apart(path)
+            self.assertTrue(0.9 < peak < 1.3, peak)
 
     @needs_references
     def test_the_reference_model_in_both_layouts(self):
@@ -1147,30 +1144,39 @@ def save_run(folder, model, characters):
         "args": {"script": "gpt.py"}})
 
 
-def peak_memory(work):
-    """-> what work() returns, and by how many bytes the process's own memory, without what it maps
-    of files, grew at most meanwhile (Linux)"""
-    def own_memory():
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+LOADING = """
+import re, sys, threading, time, torch
+from pathlib import Path
 
-    start = highest = own_memory()
-    done = threading.Event()
+def own_memory():  # without what is mapped of files
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-    def watch():
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, own_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = work()
+def watch():
+    global highest
+    while not done.wait(0.001):
         highest = max(highest, own_memory())
-    finally:
-        done.set()
-        watcher.join()
-    return result, highest - start
+
+start = highest = own_memory()
+import gpt
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+began = time.perf_counter()
+model = gpt.GPT.from_pretrained(sys.argv[1])
+seconds = time.perf_counter() - began
+done.set()
+watcher.join()
+highest = max(highest, own_memory())
+print(seconds, (highest - start) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def load_apart(path):
+    """Load a model in a process of its own (Linux). -> seconds, and the highest its own memory
+    rises above that after `import torch`, as a multiple of the weights"""
+    result = subprocess.run([sys.executable, "-c", LOADING, path], check=True, text=True,
+                            capture_output=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    return map(float, result.stdout.split())
 
 
 class GPTCommandLine(TemporaryFolder):
@@ -1800,20 +1806,52 @@ def differences(a, b):
 
 
 class Resuming:
-    """Real processes, really killed."""
+    """Real processes, really killed; only their glyphs have been drawn before, and their pictures
+    are not drawn, which would take most of the time."""
 
-    ARGV = ["--dataset", "glyphs", "--limit", 3000, "--batch-size", 20, "--epochs", 3,
+    LAUNCH = """
+import sys, torch, common, {0} as script
+common.draw_glyphs = lambda: torch.load("glyphs.pt")
+for name in [name for name in vars(script) if name.startswith("draw_")]:
+    setattr(script, name, lambda *_, **__: None)
+script.main()
+"""
+
+    ARGV = ["--dataset", "glyphs", "--limit", 2000, "--batch-size", 20, "--epochs", 3,
             "--device", "cpu"]
 
+    def setUp(self):
+        super().setUp()
+        images, labels = GLYPHS
+        torch.save((images, labels), "glyphs.pt")
+        for name in vars(self.module).copy():
+            if name.startswith("draw_"):
+                drawing = mock.patch.object(self.module, name)
+                drawing.start()
+                self.addCleanup(drawing.stop)
+
     def start(self, *argv):
-        return subprocess.Popen([sys.executable, self.module.__file__, *map(str, argv)],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        code = self.LAUNCH.format(self.module.__name__)
+        return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=os.environ | {"PYTHONPATH": str(HERE)})
 
     def last_of(self, run):
         return common.load_checkpoint(Path(run, "last.pt"), f"{self.module.__name__}.py")
 
+    def read(self, run):
+        """-> last.pt, the rows of metrics.jsonl and test.json of a run"""
+        rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+        return self.last_of(run), rows, json.loads(Path(run, "test.json").read_text())
+
+    def whole(self):
+        """The same of a run that was left alone, which both tests below compare with."""
+        if "left_alone" not in vars(type(self)):
+            run_main(self.module.main, *self.ARGV, "--out-dir", "whole")
+            type(self).left_alone = self.read("whole")
+        return copy.deepcopy(self.left_alone)
+
     def test_killed_at_five_random_instants_and_resumed_ends_bit_for_bit_the_same(self):
-        run_main(self.module.main, *self.ARGV, "--out-dir", "whole")
         instants = random.Random(0)
         arguments = [*self.ARGV, "--out-dir", "killed"]
         for line_before in ("epoch   0/3", "epoch   0/3", "epoch   1/3", "epoch   2/3",
@@ -1821,7 +1859,7 @@ class Resuming:
             process = self.start(*arguments)
             while not re.match(line_before, process.stdout.readline()):
                 self.assertIsNone(process.poll(), f"ended before {line_before!r}")
-            time.sleep(instants.uniform(0, 0.8))
+            time.sleep(instants.uniform(0, 0.5))
             process.kill()
             process.communicate()
             self.assertEqual(process.returncode, -signal.SIGKILL, "it had ended already")
@@ -1829,7 +1867,8 @@ class Resuming:
         status, out, err = run_main(self.module.main, "--resume", "killed")
         self.assertEqual(status, 0, err)
         self.assertNotIn("epoch   2/3", out)  # it went on, and did not begin again
-        whole, killed = self.last_of("whole"), self.last_of("killed")
+        whole, rows, test = self.whole()
+        killed, killed_rows, killed_test = self.read("killed")
         self.assertEqual(whole["step"], killed["step"])
         self.assertEqual(differences(whole["model"], killed["model"]), [])
         self.assertEqual(set(whole["optimizer"]), self.optimizers)
@@ -1837,37 +1876,33 @@ class Resuming:
             for i, moments in optimizer["state"].items():
                 resumed = killed["optimizer"][name]["state"][i]
                 self.assertEqual(differences(moments, resumed), [])
-        for run in ("whole", "killed"):
-            text = Path(run, "metrics.jsonl").read_text()
-            rows = [json.loads(line) for line in text.splitlines()]
-            self.assertEqual([row["epoch"] for row in rows], [1, 2, 3])
-        whole, killed = (json.loads(Path(run, "test.json").read_text())
-                         for run in ("whole", "killed"))
-        for figures in (whole, killed):
+        for epochs in (rows, killed_rows):
+            self.assertEqual([row["epoch"] for row in epochs], [1, 2, 3])
+        for figures in (test, killed_test):
             del figures["seconds"]
-        self.assertEqual(whole, killed)
+        self.assertEqual(test, killed_test)
 
     @unittest.skipIf(os.name == "nt", "sends a POSIX signal")
     def test_ctrl_c_saves_within_the_epoch_and_the_run_goes_on_from_there(self):
-        run_main(self.module.main, *self.ARGV, "--out-dir", "whole")
+        whole, rows, _ = self.whole()
         process = self.start(*self.ARGV, "--out-dir", "stopped")
-        while not Path("stopped/samples_epoch_001.png").exists():
-            time.sleep(0.01)
-        time.sleep(0.5)
+        while not process.stdout.readline().startswith("epoch   1/3"):
+            self.assertIsNone(process.poll(), "ended before epoch 1")
+        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
         self.assertEqual(process.returncode, 130, err)
         self.assertEqual(out.splitlines()[-1].split("go on with: ")[1],
                          f"python {self.module.__name__}.py --resume stopped")
         step = self.last_of("stopped")["step"]
-        steps_per_epoch = self.last_of("whole")["rows"][0]["step"]
+        steps_per_epoch = rows[0]["step"]
         self.assertTrue(steps_per_epoch <= step < 3 * steps_per_epoch, step)
         status, out, err = run_main(self.module.main, "--resume", "stopped")
         self.assertEqual(status, 0, err)
         self.assertNotIn("epoch   0/3", out)
-        whole, stopped = self.last_of("whole"), self.last_of("stopped")
+        stopped, stopped_rows, _ = self.read("stopped")
         self.assertEqual(differences(whole["model"], stopped["model"]), [])
-        for a, b in zip(whole["rows"], stopped["rows"], strict=True):
+        for a, b in zip(rows, stopped_rows, strict=True):
             for row in (a, b):
                 del row["seconds"], row["images_per_s"]
             self.assertEqual(a, b)
@@ -1888,7 +1923,7 @@ class VAEResuming(Resuming, TemporaryFolder):
 
 class AAEResuming(Resuming, TemporaryFolder):
     module, optimizers = aae, {"autoencoder", "discriminator"}
-    ARGV = [*Resuming.ARGV, "--limit", 2000]
+    ARGV = [*Resuming.ARGV, "--limit", 1500]
 
 
 class Readme(TemporaryFolder):
@@ -2006,22 +2041,137 @@ def overhead_share(data_dir, num_images):
     return sum(event.self_cpu_time_total for event in events if not needed(event)) / total
 
 
-def bench(data_dir, runs=5, num_images=6400):
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {num_images:,} images a "
-          f"run, {runs} runs of each in turn")
-    for module, ordinary_step in ((vae, ordinary_vae), (aae, ordinary_aae)):
-        batch_size, script = module.parse_args([]).batch_size, f"{module.__name__}.py"
-        ours, ordinary = [], []
-        for _ in range(runs):
-            ordinary.append(
-                ordinary_images_per_s(ordinary_step(), data_dir, num_images, batch_size))
-            ours.append(script_images_per_s(script, data_dir, num_images))
-        ratios = [a / b for a, b in zip(ours, ordinary, strict=True)]
-        print(f"training, images/s: {script} {statistics.median(ours):,.0f}, the ordinary way "
-              f"{statistics.median(ordinary):,.0f}, ratio {statistics.median(ratios):.2f} "
-              f"({min(ratios):.2f} to {max(ratios):.2f})")
+def in_turn(runs, *ways):
+    """-> for each way, a function without arguments, the figures of its `runs` calls"""
+    return zip(*([way() for way in ways] for _ in range(runs)), strict=True)
+
+
+def ratio(ours, theirs):
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def bench_images(module, ordinary_step, data_dir, runs=5, number=6400):
+    batch_size, script = module.parse_args([]).batch_size, f"{module.__name__}.py"
+    ordinary, ours = in_turn(
+        runs, lambda: ordinary_images_per_s(ordinary_step(), data_dir, number, batch_size),
+        lambda: script_images_per_s(script, data_dir, number))
+    print(f"training, images/s: {script} {statistics.median(ours):,.0f}, the ordinary way "
+          f"{statistics.median(ordinary):,.0f}, ratio {ratio(ours, ordinary)}", flush=True)
+
+
+def per_second(number, work, *arguments):
+    start = time.perf_counter()
+    work(*arguments)
+    return number / (time.perf_counter() - start)
+
+
+def bench_generation(runs=5, number=200):
+    """A GPT-2 124M with random weights, batch 1, after a prompt of 32 tokens: beside transformers,
+    and beside its matrix products alone, as gpt.linear and as torch's F.linear."""
+    model = gpt.GPT(gpt.GPTConfig(50257, 1024, *gpt.SIZES["gpt2"])).eval()
+    idx = torch.randint(50257, (1, 32))
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "wpe.weight"]
+    rows = {n_in: torch.randn(1, 1, n_in) for n_in in (768, 3072)}
+
+    @torch.inference_mode()
+    def products(linear):
+        for weight in matrices * number:
+            linear(rows[weight.size(1)], weight)
+
+    ways = {
+        "gpt.py": lambda: model.generate(idx, number, do_sample=False),
+        "its matrix products alone": lambda: products(gpt.linear),
+        "the same by F.linear": lambda: products(F.linear),
+    }
+    if find_spec("transformers"):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+        ways["transformers"] = lambda: theirs.generate(
+            idx, attention_mask=torch.ones_like(idx), min_new_tokens=number,
+            max_new_tokens=number, do_sample=False, pad_token_id=0)
+    ours, *others = in_turn(runs, *(lambda way=way: per_second(number, way)
+                                    for way in ways.values()))
+    print(f"generation, tokens/s: gpt.py {statistics.median(ours):.1f}")
+    for name, rates in zip(list(ways)[1:], others, strict=True):
+        print(f"    {name} {statistics.median(rates):.1f}, ratio {ratio(ours, rates)}", flush=True)
+
+
+ATTENTION = """
+import sys, time, torch, gpt
+import torch.nn.functional as F
+
+def memory(field):
+    status = open("/proc/self/status").read()
+    return int(status.split(field + ":")[1].split()[0]) / 1024  # kB -> MB
+
+def step(T):
+    q, k, v = torch.randn(3, 1, 12, T, 64, requires_grad=True)
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    start, before = time.perf_counter(), memory("VmRSS")
+    if sys.argv[1] == "plain":
+        y = gpt.attention(q, k, v, mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    y.sum().backward()
+    return 1000 * (time.perf_counter() - start), before
+
+step(16)
+T = int(sys.argv[2])
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM, the highest VmRSS, starts anew
+_, before = step(T)
+peak = memory("VmHWM") - before
+print(sorted(step(T)[0] for _ in range(5))[2], peak)
+"""
+
+
+def bench_attention():
+    """Q3.1 in figures: forward and backward pass of one layer's attention, 12 heads of 64."""
+    for T in (256, 1024, 4096):
+        for way in ("plain", "fused"):
+            result = subprocess.run([sys.executable, "-c", ATTENTION, way, str(T)], check=True,
+                                    capture_output=True, text=True, cwd=HERE)
+            milliseconds, megabytes = map(float, result.stdout.split())
+            print(f"attention over {T:,} tokens, {way}: {milliseconds:,.1f} ms, peak memory "
+                  f"{megabytes:,.0f} MB", flush=True)
+
+
+def bench_loading(runs=5):
+    with tempfile.TemporaryDirectory() as folder:
+        write_hub_folder(folder, gpt.GPT(gpt.GPTConfig(50257, 1024, *gpt.SIZES["gpt2"])))
+        seconds, peaks = zip(*(load_apart(folder) for _ in range(runs)), strict=True)
+    print(f"loading 124M parameters: {statistics.median(seconds):.2f} s, peak memory "
+          f"{max(peaks):.2f} times that of the weights", flush=True)
+
+
+def bench_tokenizer(data_dir, runs=5):
+    """Tiny Shakespeare, each time with a new tokenizer, which knows no word yet."""
+    text = Path(data_dir, "tinyshakespeare.txt").read_text(encoding="utf-8")
+    files = [Path(data_dir, "gpt2", name) for name in ("vocab.json", "merges.txt")]
+    tokenizers = [gpt.BPETokenizer(*files) for _ in range(runs)]
+    tokenizers[0].encode(" ")  # makes the pattern that all use
+    megabytes = len(text.encode()) / 1e6
+    new, again = ([per_second(megabytes, tokenizer.encode, text) for tokenizer in tokenizers]
+                  for _ in range(2))
+    long = sum(1 / per_second(1, tokenizers[0].encode, text)
+               for text in ("a" * 200_000, " " * 1_000_000))
+    print(f"encoding, MB/s: {statistics.median(new):.1f}, with all words known "
+          f"{statistics.median(again):.1f}; 200,000 times a, and a million spaces: {long:.1f} s")
+
+
+def bench(data_dir):
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians, and ratios with "
+          "their range, of runs in turn", flush=True)
+    bench_images(vae, ordinary_vae, data_dir)
+    bench_images(aae, ordinary_aae, data_dir)
     print("share of vae.py's step outside convolutions, matrix products, activations and the loss: "
-          f"{overhead_share(data_dir, num_images):.1%}")
+          f"{overhead_share(data_dir, num_images=6400):.1%}", flush=True)
+    bench_generation()
+    bench_attention()
+    bench_loading()
+    bench_tokenizer(data_dir)
 
 
 class Result(unittest.TextTestResult):
