@@ -74,6 +74,12 @@ def run_main(main, *argv):
     return status, out.getvalue(), err.getvalue()
 
 
+def without_pictures(module):
+    """Within the `with` block, `module` draws nothing, which takes longer than short runs do."""
+    drawing = [name for name in vars(module) if name.startswith("draw_")]
+    return mock.patch.multiple(module, **dict.fromkeys(drawing, mock.DEFAULT))
+
+
 def snapshot(folder):
     """Every file below `folder` with its content's hash."""
     return {path: hashlib.md5(path.read_bytes()).hexdigest()
@@ -895,6 +901,35 @@ def write_hub_folder(folder, model, tensors=None, **settings):
     write_safetensors(folder / "model.safetensors", tensors or hub_tensors(model))
 
 
+def replace_hub(test, address):
+    """Another address for the hub, and an empty cache"""
+    for module, name, value in ((gpt, "HUB", address), (torch.hub, "get_dir", lambda: "cache")):
+        replaced = mock.patch.object(module, name, value)
+        replaced.start()
+        test.addCleanup(replaced.stop)
+
+
+def serve_hub(test, model, broken=None):
+    """A server on localhost in the place of the hub, with the files of `model`; the file named
+    `broken` breaks off. -> a list to which the paths asked for are added"""
+    files, asked = {}, []
+    write_hub_folder("hub", model)
+    Tokenizers.own_files(test)
+    for path in (*Path("hub").iterdir(), Path("vocab.json"), Path("merges.txt")):
+        files[path.name] = path.read_bytes()
+    shutil.rmtree("hub")
+
+    def respond(handler, name):
+        asked.append(handler.path)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(files[name])))
+        handler.end_headers()
+        handler.wfile.write(files[name][:-50] if name == broken else files[name])
+
+    replace_hub(test, serve(test, respond))
+    return asked
+
+
 class Pretrained(TemporaryFolder):
     def setUp(self):
         super().setUp()
@@ -1063,33 +1098,8 @@ class Pretrained(TemporaryFolder):
                 self.assertTrue(torch.equal(tokens, ours.generate(
                     idx[:, :4], 12, do_sample=False, use_cache=use_cache)))
 
-    def serve_files(self, broken=None):
-        """A server in the place of the hub's, with the files of self.model; -> names asked for"""
-        files, asked = {}, []
-        write_hub_folder("hub", self.model)
-        Tokenizers.own_files(self)
-        for path in (*Path("hub").iterdir(), Path("vocab.json"), Path("merges.txt")):
-            files[path.name] = path.read_bytes()
-        shutil.rmtree("hub")
-
-        def respond(handler, name):
-            asked.append(handler.path)
-            handler.send_response(200)
-            handler.send_header("Content-Length", str(len(files[name])))
-            handler.end_headers()
-            handler.wfile.write(files[name][:-50] if name == broken else files[name])
-
-        self.replace_hub(serve(self, respond))
-        return asked
-
-    def replace_hub(self, address):
-        for module, name, value in ((gpt, "HUB", address), (torch.hub, "get_dir", lambda: "cache")):
-            replaced = mock.patch.object(module, name, value)
-            replaced.start()
-            self.addCleanup(replaced.stop)
-
     def test_weights_are_downloaded_once(self):
-        asked = self.serve_files()
+        asked = serve_hub(self, self.model)
         with contextlib.redirect_stderr(io.StringIO()):
             self.assert_loaded("gpt2-medium")
             self.assert_loaded("gpt2-medium")
@@ -1099,12 +1109,12 @@ class Pretrained(TemporaryFolder):
         self.assertEqual(os.listdir("cache"), ["checkpoints"])
 
     def test_a_download_that_breaks_off_is_never_loaded(self):
-        self.serve_files(broken="model.safetensors")
+        serve_hub(self, self.model, broken="model.safetensors")
         with contextlib.redirect_stderr(io.StringIO()):
             self.assert_not_loaded("safetensors is damaged .*: delete it, and fetch it", "gpt2")
 
     def test_no_network_and_no_weights(self):
-        self.replace_hub("http://127.0.0.1:9")
+        replace_hub(self, "http://127.0.0.1:9")
         with contextlib.redirect_stderr(io.StringIO()):
             self.assert_not_loaded("gpt2 is not in cache/checkpoints/gpt2 and could not be "
                                    "downloaded .*: run once online, or", "gpt2")
@@ -1619,8 +1629,7 @@ class CommandLine:
 
     def train(self, *argv):
         """Run an epoch without drawing anything. -> its folder"""
-        drawing = {name: mock.DEFAULT for name in vars(self.module) if name.startswith("draw_")}
-        with mock.patch.multiple(self.module, **drawing):
+        with without_pictures(self.module):
             status, out, err = run_main(self.module.main, *SHORT, "--epochs", 1, *argv)
         self.assertEqual(status, 0, err)
         return out.splitlines()[-1]
@@ -1810,7 +1819,7 @@ class Resuming:
     are not drawn, which would take most of the time."""
 
     LAUNCH = """
-import sys, torch, common, {0} as script
+import torch, common, {0} as script
 common.draw_glyphs = lambda: torch.load("glyphs.pt")
 for name in [name for name in vars(script) if name.startswith("draw_")]:
     setattr(script, name, lambda *_, **__: None)
@@ -1822,13 +1831,10 @@ script.main()
 
     def setUp(self):
         super().setUp()
-        images, labels = GLYPHS
-        torch.save((images, labels), "glyphs.pt")
-        for name in vars(self.module).copy():
-            if name.startswith("draw_"):
-                drawing = mock.patch.object(self.module, name)
-                drawing.start()
-                self.addCleanup(drawing.stop)
+        torch.save(GLYPHS, "glyphs.pt")
+        drawing = without_pictures(self.module)
+        drawing.start()
+        self.addCleanup(drawing.stop)
 
     def start(self, *argv):
         code = self.LAUNCH.format(self.module.__name__)
@@ -1932,24 +1938,38 @@ class Readme(TemporaryFolder):
     def test_every_flag_in_the_readme_is_in_the_help(self):
         commands = re.findall(r"python (\w+)\.py([^\n`|&]*)", self.TEXT)
         self.assertGreater(len(commands), 3)
-        scripts = {"vae": vae, "aae": aae}
+        scripts = {"vae": vae, "aae": aae, "gpt": gpt}
         for script, rest in commands:
             if script in scripts:
-                _, help_text, _ = run_main(scripts[script].main, "--help")
+                command = [rest.split()[0]] if script == "gpt" else []
+                _, help_text, _ = run_main(scripts[script].main, *command, "--help")
                 for flag in re.findall(r"--[a-z-]+", rest):
                     self.assertIn(flag, help_text.split())
+
+    def run_python(self, script):
+        """Run README's lines of Python for `script`. -> their names"""
+        code = next(c for c in re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
+                    if f"from {script} import" in c)
+        namespace = {}
+        exec(code, namespace)
+        return namespace
 
     def test_the_lines_that_use_a_trained_model_run(self):
         for module, folder, lowest, highest in ((vae, "runs/vae-z20", 0, 15),
                                                 (aae, "runs/aae-z8-lam0.995", -1, 1)):
-            run_main(module.main, *SHORT, "--epochs", 1, "--out-dir", folder)
-            code = next(c for c in re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
-                        if f"from {module.__name__} import" in c)
-            namespace = {}
-            exec(code, namespace)
+            with without_pictures(module):
+                run_main(module.main, *SHORT, "--epochs", 1, "--out-dir", folder)
+            namespace = self.run_python(module.__name__)
             images = namespace["images"]
             self.assertEqual(images.shape, (16, 1, 28, 28))
             self.assertTrue(lowest <= images.min() and images.max() <= highest)
+
+    def test_the_lines_that_write_a_text_run(self):
+        serve_hub(self, small_gpt(vocab_size=257, block_size=99).float())
+        with contextlib.redirect_stderr(io.StringIO()):
+            namespace = self.run_python("gpt")
+        self.assertTrue(namespace["text"].startswith("Yesterday I went to the"))
+        self.assertEqual(namespace["tokens"].shape, (1, len("Yesterday I went to the") + 50))
 
     def test_the_pictures_are_there_and_small(self):
         pictures = re.findall(r"figures/[\w.-]+", self.TEXT)
