@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import aae
 import common
@@ -1672,19 +1673,12 @@ class CommandLine:
     def test_the_learning_rates_follow_the_schedule(self):
         rates = []
 
-        def recorder(step):
-            def record(optimizer, *arguments):
-                rates.append(optimizer.param_groups[0]["lr"])
-                return step(optimizer, *arguments)
-            return record
-
         highest = [0.01, 0.02][:len(self.rates)]
         flags = [word for flag in zip(self.rates, highest, strict=True) for word in flag]
-        with contextlib.ExitStack() as stack:
-            for optimizer in (torch.optim.Adam, torch.optim.AdamW):
-                stack.enter_context(
-                    mock.patch.object(optimizer, "step", recorder(optimizer.step)))
-            self.train("--batch-size", 10, *flags)
+        hook = register_optimizer_step_pre_hook(
+            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+        self.addCleanup(hook.remove)
+        self.train("--batch-size", 10, *flags)
         self.assertEqual(len(rates), 20 * len(highest))
         for i, peak in enumerate(highest):
             own = rates[i::len(highest)]
@@ -2122,6 +2116,7 @@ def bench_generation(runs=5, number=200):
 ATTENTION = """
 import sys, time, torch, gpt
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 def memory(field):
     status = open("/proc/self/status").read()
