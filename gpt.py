@@ -20,8 +20,8 @@ OpenAI's weights are downloaded once, into torch's own cache.
 
 The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
 "Q" (question) refer to it. In the comments on shapes B is the batch size, T the number of tokens
-in a sequence, C the size of a token's embedding, H the number of attention heads and V that of
-tokens in the vocabulary.
+in a sequence, S that of keys and values which they look at, C the size of a token's embedding, H
+the number of attention heads and V that of tokens in the vocabulary.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-SIZES = {  # n_layer, n_head, n_embd
+SIZES = {  # n_layer, n_head, n_embd: OpenAI's four, Gopher's smallest, and minGPT's
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600), "gopher-44m": (8, 16, 512), "gpt-baby": (6, 6, 384),
     "gpt-mini": (6, 6, 192), "gpt-micro": (4, 4, 128), "gpt-nano": (3, 3, 48),
@@ -83,7 +83,8 @@ def attention(q, k, v, mask, dropout_p=0.0):
     q: [B, H, T, C / H]; k and v: [B, H, S, C / H]; mask: boolean [T, S], True where a query may
     look. -> [B, H, T, C / H]
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [B, H, T, S]
+    q = q / math.sqrt(q.size(-1))  # before the product, which could overflow in float16
+    scores = q @ k.transpose(-2, -1)  # [B, H, T, S]
     scores = scores.masked_fill(~mask, -math.inf)
     weights = F.softmax(scores, dim=-1)
     weights = F.dropout(weights, dropout_p)
@@ -91,13 +92,14 @@ def attention(q, k, v, mask, dropout_p=0.0):
 
 
 def linear(x, weight, bias=None):
-    """F.linear, [..., n_in] -> [..., n_out], but on all threads of a CPU even for a few rows of x.
+    """F.linear, [..., n_in] -> [..., n_out], but for generation on all threads of a CPU.
 
     torch multiplies a matrix by a vector on one thread, and a batch of matrices on all of them. So
-    the rows of `weight` are taken in groups, as a batch: that doubles the speed of generation.
+    the rows of `weight` are taken in groups, as a batch: on 4 threads, 768 -> 2304 becomes
+    [4, 576, 768] @ [4, 768, N]. In float32 that is up to twice as fast for a few vectors.
     """
     n_out, n_in = weight.shape
-    if x.device.type != "cpu" or x.numel() > 32 * n_in:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 32 * n_in:
         return F.linear(x, weight, bias)
     groups = min(torch.get_num_threads(), n_out)
     while n_out % groups:
@@ -108,7 +110,7 @@ def linear(x, weight, bias=None):
         y = torch.bmm(weight, columns)  # [groups, n_out / groups, N]
     else:
         y = torch.baddbmm(bias.view(groups, -1, 1), weight, columns)
-    return y.view(n_out, -1).t().reshape(*x.shape[:-1], n_out)
+    return y.view(n_out, -1).t().contiguous().view(*x.shape[:-1], n_out)
 
 
 class Linear(nn.Linear):
@@ -121,32 +123,36 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, self.fused = config.n_head, config.dropout, config.fused
+        self.n_head, self.fused = config.n_head, config.fused
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, start=0):
         """x: [B, T, C] -> [B, T, C]
 
-        cache: [2, B, H, S, C / H], the keys and values of the `start` positions before x, to
-        which those of x are added. Then x is one position, or the first ones of all.
+        cache: room for the keys and values of S positions, [2, B, H, S, C / H], of which `start`
+        are there; those of x are added. With it, which is without gradients, x is a whole prompt
+        (start = 0) or the next position (T = 1).
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, C / H]
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, C / H]
+        q, k, v = qkv
         if cache is not None:
-            assert start == 0 or T == 1
+            assert start + T <= cache.size(3) and (start == 0 or T == 1)
             cache[:, :, :, start:start + T] = qkv[1:]
-            k, v = cache[:, :, :, :start + T]  # [B, H, start + T, C / H]
-        dropout_p = self.dropout if self.training else 0.0
-        causal = T > 1  # a single query is the last position and may look at all
+            k, v = cache[:, :, :, :start + T]  # [B, H, S, C / H]
+        dropout_p = self.dropout.p if self.training else 0.0
         if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
+            # A single query is the last position, and may look at all.
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         else:
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device)
-            y = attention(q, k, v, mask.tril() if causal else mask, dropout_p)
+            S = k.size(2)
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            y = attention(q, k, v, mask, dropout_p)
         y = y.transpose(1, 2).flatten(2)  # [B, T, C]
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return self.dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -181,18 +187,19 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        wte = torch.empty(config.vocab_size, config.n_embd)
+        wte = torch.empty(config.vocab_size, config.n_embd)  # to be filled by init_weights
         wpe = torch.empty(config.block_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
         self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        if not wte.is_meta:  # else only shapes are wanted
+        if not wte.is_meta:  # which has shapes, and no values
             self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal, and smaller in what each of the 2 n_layer residual branches adds."""
+        """As in OpenAI's code, and as in the paper smaller in the matrices that end each of the
+        2 n_layer residual branches."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = 0.01 if name == "wpe.weight" else 0.02
@@ -201,6 +208,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
 
     def hidden(self, idx, cache=None, start=0):
         """The last layer's output for tokens idx [B, T], the first of which is at position
@@ -219,7 +228,7 @@ class GPT(nn.Module):
         logits = linear(self.hidden(idx), self.wte.weight)
         if targets is None:
             return logits, None
-        # In float32 at least: with logits in bfloat16 it was seen to be off by 0.1 nats.
+        # In float32 at least: in bfloat16 the loss itself is rounded, by up to 0.1 nats.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits, F.cross_entropy(precise.flatten(0, 1), targets.flatten())
 
@@ -228,50 +237,52 @@ class GPT(nn.Module):
         """Continue idx [B, T], of which the model sees the last block_size tokens.
 
         How tokens are chosen is said in `next_token`. A row that came to `stop_token` is filled
-        with it. Without use_cache all is computed anew for each token: the same, but slower.
+        with it. Without use_cache all is computed anew for each token, to the same end.
         -> [B, T + max_new_tokens]
         """
         choose = functools.partial(next_token, do_sample=do_sample, temperature=temperature,
                                    top_k=top_k, top_p=top_p, generator=generator)
-        new = self.stream(idx, max_new_tokens, choose, stop_token, use_cache)
-        tokens = torch.cat([idx, *new], dim=1)
+        training = self.training
+        self.eval()
+        try:
+            new = self.stream(idx, max_new_tokens, choose, stop_token, use_cache)
+            tokens = torch.cat([idx, *new], dim=1)
+        finally:
+            self.train(training)
         missing = idx.size(1) + max_new_tokens - tokens.size(1)
         return F.pad(tokens, (0, missing), value=stop_token)
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, choose, stop_token=None, use_cache=True):
-        """Yield the tokens [B, 1] that continue idx [B, T], as they are made.
+        """Yield the tokens [B, 1] that continue idx [B, T], as they are made, of a model in
+        evaluation mode.
 
         choose: a function from logits [B, V] to tokens [B, 1]. Ends early when all rows have come
         to `stop_token`.
         """
         (B, T), config = idx.shape, self.config
-        training = self.training
-        self.eval()
+        assert T > 0 and max_new_tokens >= 0 and not self.training
         if use_cache:
             cache = torch.empty(  # keys and values
                 config.n_layer, 2, B, config.n_head, min(T + max_new_tokens, config.block_size),
                 config.n_embd // config.n_head, dtype=self.wte.weight.dtype, device=idx.device)
         stopped = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        try:
-            for length in range(T, T + max_new_tokens):
-                if use_cache and length <= config.block_size:
-                    start = 0 if length == T else length - 1  # the prompt, then the last token
-                    x = self.hidden(idx[:, start:], cache, start)
-                else:
-                    # In a window that slides each token has a new position, so a new embedding:
-                    # no key and no value of the window before it still holds, in any layer.
-                    x = self.hidden(idx[:, -config.block_size:])
-                token = choose(linear(x[:, -1], self.wte.weight))
-                if stop_token is not None:
-                    token = token.masked_fill(stopped, stop_token)
-                    stopped = token == stop_token
-                yield token
-                if stop_token is not None and stopped.all():
-                    return
-                idx = torch.cat([idx, token], dim=1)
-        finally:
-            self.train(training)
+        for length in range(T, T + max_new_tokens):
+            if use_cache and length <= config.block_size:
+                start = 0 if length == T else length - 1  # the whole prompt, then the last token
+                x = self.hidden(idx[:, start:], cache, start)
+            else:
+                # In a window that slides each token has a new position, so a new embedding: no
+                # key and no value of the window before it still holds, in any layer.
+                x = self.hidden(idx[:, -config.block_size:])
+            token = choose(linear(x[:, -1], self.wte.weight))
+            if stop_token is not None:
+                token = token.masked_fill(stopped, stop_token)
+                stopped = token == stop_token
+            yield token
+            if stop_token is not None and stopped.all():
+                return
+            idx = torch.cat([idx, token], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_path):
@@ -303,11 +314,13 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=None, 
     """Choose the next token of each row (Q3.3). logits [B, V] -> tokens [B, 1]
 
     Without do_sample, or at temperature 0, it is the most probable. Else it is drawn from
-    softmax(logits / temperature): from all tokens, or the `top_k` most probable (None and 0: all),
-    or of these the fewest, the most probable first, that come to a mass of at least `top_p` (None
-    and 1: all; Holtzman et al., 2020, arXiv:1904.09751).
+    softmax(logits / temperature), restricted to
+    - the top_k most probable tokens (None or 0: all), and of these
+    - the fewest, the most probable first, that make up a share of at least top_p (None or 1: all;
+      0: the first; Holtzman et al., 2020, arXiv:1904.09751).
     """
-    if not do_sample or temperature < 1e-6:  # 0, or so small that a quotient would overflow
+    assert temperature >= 0
+    if not do_sample or temperature < 1e-6:  # 0, or as good as 0
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     nucleus = top_p is not None and top_p < 1
@@ -316,8 +329,7 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=None, 
         top, ids = logits.topk(min(top_k or V, V))  # the most probable first
         if nucleus:
             mass = F.softmax(top, dim=-1).cumsum(dim=-1)
-            before = F.pad(mass[:, :-1], (1, 0), value=-1)  # -1: the first stays even for 0
-            top = top.masked_fill(before >= top_p, -math.inf)
+            top[:, 1:][mass[:, :-1] >= top_p] = -math.inf  # the first always stays
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, top)
     probs = F.softmax(logits, dim=-1)
     if probs.device.type == "mps":  # its multinomial has drawn wrongly for years
@@ -405,12 +417,12 @@ class BPETokenizer:
             if ids[i] != left or j == len(ids) or ids[j] != right:
                 continue  # one of the two has been merged since
             ids[i], ids[j], after[i] = merged, None, after[j]
-            h, j = before[i], after[i]
+            h, k = before[i], after[i]
             if h >= 0 and (rank := self.ranks.get((ids[h], merged))) is not None:
                 heapq.heappush(queue, (rank, h))
-            if j < len(ids):
-                before[j] = i
-                if (rank := self.ranks.get((merged, ids[j]))) is not None:
+            if k < len(ids):
+                before[k] = i
+                if (rank := self.ranks.get((merged, ids[k]))) is not None:
                     heapq.heappush(queue, (rank, i))
         return [id for id in ids if id is not None]
 
@@ -431,7 +443,7 @@ class BPETokenizer:
         the rest of it. What is no UTF-8, or no id, becomes U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in ids:
-            yield decoder.decode(self.bytes_of.get(id, b"\xff"))
+            yield decoder.decode(self.bytes_of.get(int(id), b"\xff"))
         yield decoder.decode(b"", final=True)
 
     def decode(self, ids):
@@ -487,7 +499,8 @@ IMPLEMENTED = {
 
 DTYPES = {  # as safetensors names them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "U8": torch.uint8, "BOOL": torch.bool,  # causal masks
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }
 
 
@@ -541,7 +554,7 @@ def read_config(path):
                          config["n_head"], config["n_embd"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not there: put it beside the weights") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes no GPT-2 ({error})") from error
 
 
@@ -576,9 +589,10 @@ def read_weights(path):
     """-> GPTConfig and the weights by name, from one of the files that find_weights finds"""
     saved = read_tensors(path)
     if path.suffix == ".pt":
-        if "config" not in saved:
-            raise ValueError(f"{path} was not written by gpt.py")
-        return GPTConfig(**saved["config"]), saved["model"]
+        try:
+            return GPTConfig(**saved["config"]), saved["model"]
+        except (LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} was not written by gpt.py") from error
     config, weights = read_config(path.with_name("config.json")), {}
     for name, tensor in saved.items():
         if not isinstance(tensor, torch.Tensor):
@@ -599,7 +613,7 @@ def read_weights(path):
 def load_tokenizer(name_or_path):
     """The tokenizer of the model that GPT.from_pretrained loads from the same place."""
     path = find_weights(name_or_path)
-    if path.suffix == ".pt" and (characters := read_tensors(path)["characters"]) is not None:
+    if path.suffix == ".pt" and (characters := read_tensors(path).get("characters")):
         return CharTokenizer(characters)
     files = [path.with_name(name) for name in ("vocab.json", "merges.txt")]
     for file in files:
@@ -640,7 +654,8 @@ def write_samples(args):
         next_token, do_sample=not args.greedy, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, generator=generator)
     begin = time.perf_counter()
-    tokens, made = model.stream(idx, args.max_new_tokens, choose, end), []
+    tokens = model.stream(idx, args.max_new_tokens, choose, end)
+    made = []
 
     def one_by_one():
         for token in tokens:
@@ -669,7 +684,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     default = "(default: %(default)s)"
 
-    # Errors start with "gpt.py: error:" in both.
+    # prog and usage: else errors would start with "gpt.py generate: error:".
     command = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False,
                                   prog="gpt.py", usage="gpt.py generate [options]")
     group = command.add_argument_group("model and prompt")
