@@ -49,7 +49,7 @@ def command(script):
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
+        print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -33,15 +33,16 @@ import itertools
 import json
 import math
 import mmap
-import pickle
 import re
 import socket
 import sys
 import time
 import unicodedata
+import urllib.request
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -66,6 +67,9 @@ class GPTConfig:
     fused: bool = True  # attention by torch's fused kernel, not by attention() below
 
     def __post_init__(self):
+        sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"the sizes {sizes} are not all whole numbers above 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -366,9 +370,9 @@ def word_pattern():
 class BPETokenizer:
     """GPT-2's byte-level byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909).
 
-    A text is split into words, and a word into its UTF-8 bytes, a token each. Then two tokens side
-    by side become one, again and again: of all such pairs the one that comes first in a list of
-    50,000, and of the same pairs the leftmost.
+    A text is split into words, and a word into its UTF-8 bytes, a token each. Then, again and
+    again, two tokens side by side become one: the pair that stands earliest in a list of 50,000,
+    and where it occurs twice, the left one.
 
     vocab_file, merges_file: the paths of GPT-2's vocab.json and merges.txt. Raises ValueError
     where they do not belong together, and OSError where they cannot be read.
@@ -381,6 +385,8 @@ class BPETokenizer:
         byte_of = {chr(b if b in visible else next(others)): b for b in range(256)}
         try:
             vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
+            if sorted(vocab.values()) != [*range(len(vocab))]:
+                raise ValueError("the ids are not 0, 1, 2, ...")
             self.bytes_of = {id: bytes(byte_of[c] for c in token) for token, id in vocab.items()}
             self.byte_ids = [vocab[character] for character in byte_of]
             self.merges = []  # (left, right, both together), as ids
@@ -388,14 +394,14 @@ class BPETokenizer:
                 if line and not line.startswith("#version"):
                     left, right = line.split(" ")
                     self.merges.append((vocab[left], vocab[right], vocab[left + right]))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            made = {*self.byte_ids, *(merged for _, _, merged in self.merges)}
+            for token, id in vocab.items():
+                if id not in made and token[0] + token[-1] != "<>":  # as in <|endoftext|>
+                    raise ValueError(f"no merge makes {token!r}")
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{vocab_file} and {merges_file} are damaged or do not belong "
                              f"together ({type(error).__name__}: {error})") from error
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
-        made = {*self.byte_ids, *(merged for _, _, merged in self.merges)}
-        if not all(id in made or token[0] + token[-1] == "<>" for token, id in vocab.items()):
-            raise ValueError(f"{merges_file} does not make all tokens of {vocab_file}: delete both "
-                             "and fetch them again")
         self.end_of_text = vocab.get(END_OF_TEXT)
         self.start = vocab.get(END_OF_TEXT, 0)
         self.word_ids = functools.lru_cache(maxsize=2**16)(self._merge)
@@ -467,14 +473,14 @@ class CharTokenizer:
     def encode(self, text):
         """text -> list of ids. Raises ValueError for characters that are not among them."""
         if unknown := set(text) - self.ids.keys():
-            raise ValueError(f"the model never saw {''.join(sorted(unknown))!r}: it knows only "
-                             f"{self.characters!r}")
+            raise ValueError(f"the model never saw {''.join(sorted(unknown))!r}, and has no token "
+                             "for it")
         return [self.ids[character] for character in text]
 
     def stream(self, ids):
         """Yield the character of each of `ids` as it comes; U+FFFD for what is no id."""
         for id in ids:
-            yield self.characters[id] if 0 <= id < len(self.characters) else "\ufffd"
+            yield self.characters[int(id)] if 0 <= id < len(self.characters) else "\ufffd"
 
     def decode(self, ids):
         """list of ids -> text"""
@@ -509,13 +515,12 @@ def find_weights(name_or_path):
     if name_or_path in PRETRAINED:
         return download(name_or_path)
     path = Path(name_or_path)
+    names = ("model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
     if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
         path = next((path / name for name in names if (path / name).exists()), path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} holds no weights: give one of {', '.join(PRETRAINED)}, a "
-                                "folder with model.safetensors, pytorch_model.bin or best.pt in "
-                                "it, or such a file")
+        raise FileNotFoundError(f"{path} is neither {', '.join(PRETRAINED)} nor a file of weights "
+                                f"nor a folder with one: {', '.join(names)}")
     return path
 
 
@@ -533,8 +538,13 @@ def download(name):
                 folder.mkdir(parents=True, exist_ok=True)
                 url = f"{HUB}/{name}/resolve/main/{file}"
                 print(f"{url} -> {folder}", file=sys.stderr)
-                torch.hub.download_url_to_file(url, folder / file, progress=sys.stderr.isatty())
-    except OSError as error:
+                part = folder / f"{file}.part"
+                torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
+                with urllib.request.urlopen(url) as response:  # torch compares no length
+                    if response.length not in (None, part.stat().st_size):
+                        raise ConnectionError(f"{file} broke off")
+                part.replace(folder / file)
+    except (OSError, HTTPException, ValueError) as error:
         raise ConnectionError(f"{name} is not in {folder} and could not be downloaded ({error}): "
                               "run once online, or give a folder with its files") from error
     finally:
@@ -554,55 +564,69 @@ def read_config(path):
                          config["n_head"], config["n_embd"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not there: put it beside the weights") from error
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes no GPT-2 ({error})") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} describes no GPT-2 ({reason})") from error
 
 
 def read_tensors(path):
     """-> what a file of weights holds; tensors stay in the file until they are used"""
     try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True,
-                              mmap=zipfile.is_zipfile(path))  # not so before torch 1.6
-        # 8 bytes with the length of the header, the header in JSON, and the tensors end to end
-        with open(path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = 8 + int.from_bytes(memory[:8], "little")
-        tensors = {}
-        for name, entry in json.loads(memory[8:data]).items():
-            if name != "__metadata__":
-                (start, end), shape = entry["data_offsets"], entry["shape"]
-                tensors[name] = torch.frombuffer(
-                    memory, dtype=DTYPES[entry["dtype"]], count=math.prod(shape),
-                    offset=data + start).view(shape)
-                if tensors[name].nbytes != end - start:
-                    raise ValueError(f"{name} has {end - start} bytes")
-        return tensors
-    except (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError,
-            pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is damaged or holds no weights ({reason}): delete it, and fetch "
-                         "it again") from error
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        is_zip = zipfile.is_zipfile(path)  # torch 1.6 and later; else it cannot be mapped
+        if is_zip and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"in {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, where a file is not what its name says
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
+        raise ValueError(f"{path} is damaged or holds no weights ({reason}): put a sound copy in "
+                         "its place") from error
+
+
+def read_safetensors(path):
+    """8 bytes with the length of the header, the header in JSON, and the tensors end to end."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data_start = 8 + int.from_bytes(memory[:8], "little")
+    header = json.loads(memory[8:data_start])
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), shape = entry["data_offsets"], entry["shape"]
+        tensors[name] = torch.frombuffer(memory, dtype=DTYPES[entry["dtype"]],
+                                         count=math.prod(shape), offset=data_start + start)
+        tensors[name] = tensors[name].view(shape)
+        if start != end or tensors[name].nbytes != stop - start:
+            raise ValueError(f"{name} is out of place")
+        end = stop
+    if data_start + end != len(memory):
+        raise ValueError(f"{len(memory):,} bytes for {data_start + end:,}")
+    return tensors
 
 
 def read_weights(path):
     """-> GPTConfig and the weights by name, from one of the files that find_weights finds"""
-    saved = read_tensors(path)
     if path.suffix == ".pt":
+        saved = read_tensors(path)
         try:
-            return GPTConfig(**saved["config"]), saved["model"]
-        except (LookupError, RuntimeError, TypeError) as error:
+            return GPTConfig(**saved["config"]), dict(saved["model"])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} was not written by gpt.py") from error
     config, weights = read_config(path.with_name("config.json")), {}
-    for name, tensor in saved.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} holds more than tensors: {name}")
-        name = name.removeprefix("transformer.")
+    saved = read_tensors(path)
+    for name, tensor in saved.items() if isinstance(saved, dict) else [("it", saved)]:
+        name = str(name).removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+            continue  # the causal mask, and what it is filled with
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is no tensor of floating-point numbers")
         if name in weights:
             raise ValueError(f"{path} holds {name} twice")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
-            transposed = ".c_" in name and name.endswith(".weight")  # [in, out] in these files
-            weights[name] = tensor.t() if transposed else tensor
+        transposed = ".c_" in name and name.endswith(".weight")  # [in, out] in these files
+        weights[name] = tensor.transpose(0, -1) if transposed else tensor
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
         raise ValueError(f"{path}: lm_head.weight differs from wte.weight, and gpt.py computes "
@@ -633,6 +657,9 @@ def write_samples(args):
         prompt = args.prompt
         if prompt == "-":
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise common.UserError(f"standard input is no UTF-8: {error}") from error
+    try:
         model = GPT.from_pretrained(args.model).to(device, dtype)
         tokenizer = load_tokenizer(args.model)
         ids = tokenizer.encode(prompt)
@@ -643,39 +670,41 @@ def write_samples(args):
         raise common.UserError(f"{args.model}: the tokenizer knows {len(tokenizer):,} tokens and "
                                f"the model {V:,}: they do not belong together")
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
-          f"{str(dtype).removeprefix('torch.')}; {len(ids):,} tokens, then up to "
+          f"{str(dtype).removeprefix('torch.')}; tokens: {len(ids):,} of the prompt, up to "
           f"{args.max_new_tokens:,} more", file=sys.stderr, flush=True)
-    if len(ids) > block_size:
-        print(f"warning: the model sees only the last {block_size:,} tokens", file=sys.stderr)
+    if len(ids) + args.max_new_tokens > block_size:
+        print(f"warning: the model sees only the last {block_size:,} tokens, and is slow once "
+              "there are more", file=sys.stderr)
 
     idx = torch.tensor([ids or [tokenizer.start]], device=device).expand(args.num_samples, -1)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
     choose = functools.partial(
         next_token, do_sample=not args.greedy, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, generator=generator)
-    begin = time.perf_counter()
+    made, begin = 0, time.perf_counter()
+
+    def until_end(row):
+        nonlocal made
+        for id in row:
+            made += 1
+            if id == end:
+                return
+            yield id
+
     tokens = model.stream(idx, args.max_new_tokens, choose, end)
-    made = []
-
-    def one_by_one():
-        for token in tokens:
-            made.append(token)
-            yield token.item()
-
     if args.num_samples == 1:
-        rows = [one_by_one()]
+        rows = [(token.item() for token in tokens)]
     else:
-        made += tqdm(tokens, total=args.max_new_tokens, unit=" tokens", disable=None)
-        rows = torch.cat([idx[:, :0], *made], dim=1).tolist()
+        bar = tqdm(tokens, total=args.max_new_tokens, unit=" tokens", disable=None)
+        rows = torch.cat([idx[:, :0], *bar], dim=1).tolist()
     for i, row in enumerate(rows):
         print("---\n" if i else "", end="")
-        new = itertools.takewhile(lambda id: id != end, row)
-        for text in tokenizer.stream(itertools.chain(ids, new)):
+        print(tokenizer.decode(ids), end="", flush=True)
+        for text in tokenizer.stream(until_end(row)):
             print(text, end="", flush=True)
         print()
     seconds = time.perf_counter() - begin
-    print(f"{args.num_samples} x {len(made)} tokens in {seconds:.1f} s: "
-          f"{args.num_samples * len(made) / seconds:.1f} tokens/s", file=sys.stderr)
+    print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def parse_args(argv=None):
@@ -689,8 +718,8 @@ def parse_args(argv=None):
                                   prog="gpt.py", usage="gpt.py generate [options]")
     group = command.add_argument_group("model and prompt")
     group.add_argument("--model", default="gpt2", metavar="NAME|DIR|FILE",
-                       help=f"{', '.join(PRETRAINED)}; a folder of GPT-2 weights and tokenizer, or "
-                       f"a file of weights in one; or the folder of a run {default}")
+                       help=f"{', '.join(PRETRAINED)}; a folder with a GPT-2's weights and "
+                       f"tokenizer, or the weights in it; or the folder of a run {default}")
     group.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins, best "
                        "without a space at its end; - reads it from standard input (default: "
                        "nothing, so that a new text is begun)")
