@@ -1055,7 +1055,7 @@ class Pretrained(TemporaryFolder):
         self.assertEqual(gpt.load_tokenizer("run").encode("cab"), [4, 2, 3])
         Path("other").mkdir()
         for content in ({"model": {}, "args": {"script": "vae.py"}}, {"config": {"V": 1}},
-                        torch.zeros(3), [], {"config": None}):
+                        [], {"config": None}):
             torch.save(content, "other/best.pt")
             self.assert_not_loaded("other/best.pt was not written by gpt.py", "other")
 
