@@ -20,8 +20,8 @@ OpenAI's weights are downloaded once, into torch's own cache.
 
 The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
 "Q" (question) refer to it. In the comments on shapes B is the batch size, T the number of tokens
-in a sequence, S that of keys and values which they look at, C the size of a token's embedding, H
-the number of attention heads and V that of tokens in the vocabulary.
+in a sequence, S that of the tokens which they may look at, C the size of a token's embedding, H the
+number of attention heads and V that of tokens in the vocabulary.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-SIZES = {  # n_layer, n_head, n_embd: OpenAI's four, Gopher's smallest, and minGPT's
+SIZES = {  # n_layer, n_head, n_embd: of OpenAI, Gopher, nanoGPT and minGPT
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600), "gopher-44m": (8, 16, 512), "gpt-baby": (6, 6, 384),
     "gpt-mini": (6, 6, 192), "gpt-micro": (4, 4, 128), "gpt-nano": (3, 3, 48),
@@ -96,17 +96,17 @@ def attention(q, k, v, mask, dropout_p=0.0):
 
 
 def linear(x, weight, bias=None):
-    """F.linear, [..., n_in] -> [..., n_out], but for generation on all threads of a CPU.
+    """F.linear, [..., n_in] -> [..., n_out]. In generation on a CPU it takes all threads.
 
     torch multiplies a matrix by a vector on one thread, and a batch of matrices on all of them. So
-    the rows of `weight` are taken in groups, as a batch: on 4 threads, 768 -> 2304 becomes
-    [4, 576, 768] @ [4, 768, N]. In float32 that is up to twice as fast for a few vectors.
+    the rows of `weight` are taken in groups, as a batch: on 4 threads, 768 -> 2304 for N vectors
+    becomes [4, 576, 768] @ [4, 768, N]. In float32 that is up to twice as fast for a few vectors.
     """
     n_out, n_in = weight.shape
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 32 * n_in:
         return F.linear(x, weight, bias)
     groups = min(torch.get_num_threads(), n_out)
-    while n_out % groups:
+    while n_out % groups:  # up to the next number that divides n_out
         groups += 1
     columns = x.reshape(-1, n_in).t().expand(groups, n_in, -1)  # [groups, n_in, N]
     weight = weight.view(groups, -1, n_in)  # [groups, n_out / groups, n_in]
@@ -135,9 +135,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, start=0):
         """x: [B, T, C] -> [B, T, C]
 
-        cache: room for the keys and values of S positions, [2, B, H, S, C / H], of which `start`
-        are there; those of x are added. With it, which is without gradients, x is a whole prompt
-        (start = 0) or the next position (T = 1).
+        cache: [2, B, H, room, C / H], with the keys and values of the first `start` positions, to
+        which those of x are added. It works without gradients only, and x is then a whole prompt
+        (start = 0) or one position (T = 1).
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -191,19 +191,20 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        wte = torch.empty(config.vocab_size, config.n_embd)  # to be filled by init_weights
+        # nn.Embedding(...) would draw values, for which the "meta" device takes seconds.
+        wte = torch.empty(config.vocab_size, config.n_embd)
         wpe = torch.empty(config.block_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
         self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        if not wte.is_meta:  # which has shapes, and no values
+        if not wte.is_meta:  # tensors on "meta" have shapes, and no values
             self.init_weights()
 
     def init_weights(self):
-        """As in OpenAI's code, and as in the paper smaller in the matrices that end each of the
-        2 n_layer residual branches."""
+        """Normal, as in OpenAI's code; the matrices that end the 2 n_layer residual branches are
+        divided by sqrt(2 n_layer), as in the paper."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = 0.01 if name == "wpe.weight" else 0.02
@@ -216,8 +217,8 @@ class GPT(nn.Module):
                 nn.init.ones_(parameter)
 
     def hidden(self, idx, cache=None, start=0):
-        """The last layer's output for tokens idx [B, T], the first of which is at position
-        `start`. -> [B, T, C]. `cache` holds one of CausalSelfAttention's for each layer."""
+        """From tokens idx [B, T], the first of which is at position `start`, through all layers
+        and the last LayerNorm. -> [B, T, C]. `cache`: CausalSelfAttention's of all layers."""
         T, block_size = idx.size(1), self.config.block_size
         assert 0 < start + T <= block_size, f"{start + T} tokens, of at most {block_size}"
         x = self.wte(idx) + self.wpe.weight[start:start + T]  # [B, T, C]
@@ -240,9 +241,9 @@ class GPT(nn.Module):
                  top_p=None, stop_token=None, generator=None, use_cache=True):
         """Continue idx [B, T], of which the model sees the last block_size tokens.
 
-        How tokens are chosen is said in `next_token`. A row that came to `stop_token` is filled
-        with it. Without use_cache all is computed anew for each token, to the same end.
-        -> [B, T + max_new_tokens]
+        See `next_token` for how tokens are chosen. After `stop_token` a row holds nothing else.
+        Without use_cache the whole sequence is computed again for each token; the result is the
+        same. -> [B, T + max_new_tokens]
         """
         choose = functools.partial(next_token, do_sample=do_sample, temperature=temperature,
                                    top_k=top_k, top_p=top_p, generator=generator)
@@ -261,8 +262,8 @@ class GPT(nn.Module):
         """Yield the tokens [B, 1] that continue idx [B, T], as they are made, of a model in
         evaluation mode.
 
-        choose: a function from logits [B, V] to tokens [B, 1]. Ends early when all rows have come
-        to `stop_token`.
+        choose: a function from logits [B, V] to tokens [B, 1]. The stream ends early once each
+        row has come to `stop_token`.
         """
         (B, T), config = idx.shape, self.config
         assert T > 0 and max_new_tokens >= 0 and not self.training
@@ -382,13 +383,14 @@ class BPETokenizer:
         # The files write a byte as a character that can be seen: its own, or one past U+00FF.
         visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
         others = itertools.count(256)
-        byte_of = {chr(b if b in visible else next(others)): b for b in range(256)}
+        alphabet = [chr(b if b in visible else next(others)) for b in range(256)]
+        byte_of = {character: byte for byte, character in enumerate(alphabet)}
         try:
             vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
             if sorted(vocab.values()) != [*range(len(vocab))]:
                 raise ValueError("the ids are not 0, 1, 2, ...")
             self.bytes_of = {id: bytes(byte_of[c] for c in token) for token, id in vocab.items()}
-            self.byte_ids = [vocab[character] for character in byte_of]
+            self.byte_ids = [vocab[character] for character in alphabet]
             self.merges = []  # (left, right, both together), as ids
             for line in Path(merges_file).read_text(encoding="utf-8").split("\n"):
                 if line and not line.startswith("#version"):
@@ -434,7 +436,9 @@ class BPETokenizer:
 
     def encode(self, text, special=False):
         """text -> list of ids. `<|endoftext|>` is text like any other, or with `special` the one
-        token of that name. Half a surrogate pair counts as U+FFFD."""
+        token of that name (ValueError if there is none). Half a surrogate pair counts as U+FFFD."""
+        if special and self.end_of_text is None:
+            raise ValueError(f"the vocabulary has no {END_OF_TEXT}")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
         for i, part in enumerate(text.split(END_OF_TEXT) if special else [text]):
@@ -492,7 +496,8 @@ class CharTokenizer:
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = "https://huggingface.co/openai-community"
-# The settings in a config.json that change what a model computes, and what is computed here.
+# Settings of a config.json that change what a model computes, and their values that are
+# implemented here; the first is what a setting that is left out stands for.
 IMPLEMENTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the same
@@ -577,7 +582,10 @@ def read_tensors(path):
         is_zip = zipfile.is_zipfile(path)  # torch 1.6 and later; else it cannot be mapped
         if is_zip and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"in {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+            raise ValueError("no tensors by name")
+        return saved
     except OSError:
         raise
     except Exception as error:  # of many kinds, where a file is not what its name says
@@ -613,12 +621,11 @@ def read_weights(path):
         saved = read_tensors(path)
         try:
             return GPTConfig(**saved["config"]), dict(saved["model"])
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} was not written by gpt.py") from error
     config, weights = read_config(path.with_name("config.json")), {}
-    saved = read_tensors(path)
-    for name, tensor in saved.items() if isinstance(saved, dict) else [("it", saved)]:
-        name = str(name).removeprefix("transformer.")
+    for name, tensor in read_tensors(path).items():
+        name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
             continue  # the causal mask, and what it is filled with
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -672,11 +679,11 @@ def write_samples(args):
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; tokens: {len(ids):,} of the prompt, up to "
           f"{args.max_new_tokens:,} more", file=sys.stderr, flush=True)
-    if len(ids) + args.max_new_tokens > block_size:
+    idx = torch.tensor([ids or [tokenizer.start]], device=device).expand(args.num_samples, -1)
+    if idx.size(1) + args.max_new_tokens - 1 > block_size:
         print(f"warning: the model sees only the last {block_size:,} tokens, and is slow once "
               "there are more", file=sys.stderr)
 
-    idx = torch.tensor([ids or [tokenizer.start]], device=device).expand(args.num_samples, -1)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
     choose = functools.partial(
         next_token, do_sample=not args.greedy, temperature=args.temperature, top_k=args.top_k,
