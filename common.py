@@ -72,6 +72,18 @@ def positive(text):
     return value
 
 
+def number(minimum, maximum=float("inf")):
+    """An argparse type: a finite number from `minimum` to `maximum`, both of which it may be."""
+
+    def parse(text):
+        if not minimum <= (value := float(text)) <= maximum or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value: 'two'"
+    return parse
+
+
 def parse_run_args(parser, argv, run_args):
     """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
     at again: beside --resume or --eval only --device and --data-dir may be given."""
@@ -83,18 +95,6 @@ def parse_run_args(parser, argv, run_args):
         if others := set(given) - {flag, "--device", "--data-dir"}:
             parser.error(f"{flag} keeps the run's own arguments: leave out {' '.join(others)}")
     return args
-
-
-def number(minimum, maximum=float("inf")):
-    """An argparse type: a finite number from `minimum` to `maximum`, both of which it may be."""
-
-    def parse(text):
-        if not minimum <= (value := float(text)) <= maximum or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
-        return value
-
-    parse.__name__ = "number"  # argparse says "invalid number value: 'two'"
-    return parse
 
 
 class StopRequest:

@@ -185,8 +185,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Parameters are named as in the public GPT-2 checkpoints. The output head has none of its
-    own: it is `wte`, the embedding of the tokens, transposed."""
+    """Parameters are named as in the public GPT-2 checkpoints, which hold the matrices of Linear
+    transposed. The output head has none of its own: it is `wte`, the embedding of the tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -405,7 +405,7 @@ class BPETokenizer:
                              f"together ({type(error).__name__}: {error})") from error
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self.end_of_text = vocab.get(END_OF_TEXT)
-        self.start = vocab.get(END_OF_TEXT, 0)
+        self.start = vocab.get(END_OF_TEXT, 0)  # what a text without a prompt starts from
         self.word_ids = functools.lru_cache(maxsize=2**16)(self._merge)
 
     def __len__(self):
@@ -469,7 +469,7 @@ class CharTokenizer:
     def __init__(self, characters):
         self.characters = characters
         self.ids = {character: id for id, character in enumerate(characters)}
-        self.start = self.ids.get("\n", 0)
+        self.start = self.ids.get("\n", 0)  # what a text without a prompt starts from
 
     def __len__(self):
         return len(self.characters)

@@ -2214,7 +2214,10 @@ def bench(data_dir):
     bench_generation()
     bench_attention()
     bench_loading()
-    bench_tokenizer(data_dir)
+    if Path(data_dir, "tinyshakespeare.txt").exists() and Path(data_dir, "gpt2").is_dir():
+        bench_tokenizer(data_dir)
+    else:
+        print(f"encoding: not measured without {data_dir}/tinyshakespeare.txt and {data_dir}/gpt2")
 
 
 class Result(unittest.TextTestResult):
