@@ -92,7 +92,7 @@ def parse_run_args(parser, argv, run_args):
     args = parser.parse_args(argv, run_args)
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
     for flag in {"--resume", "--eval"}.intersection(given):
-        if others := set(given) - {flag, "--device", "--data-dir"}:
+        if others := set(given) - {flag, "--device", "--data-dir", "--text"}:
             parser.error(f"{flag} keeps the run's own arguments: leave out {' '.join(others)}")
     return args
 
@@ -392,16 +392,16 @@ def save_image(path, image, title):
     figure.savefig(path)
 
 
-def save_curves(path, title, ylabel, epochs, curves, levels):
-    """`curves`: name -> one value an epoch; `levels`: name -> one value or None, a dashed line.
+def save_curves(path, title, ylabel, x, curves, levels, xlabel="epoch"):
+    """`curves`: name -> a value for each of `x`; `levels`: name -> a value or None, a dashed line.
 
-    The scale is that of the second epoch on: a mean over the first still has the untrained
-    model in it.
+    The scale is that of the second value on: a mean that the first stands for still has the
+    untrained model in it.
     """
     figure = new_figure(7, 4, title)
-    axes = figure.add_subplot(xlabel="epoch", ylabel=ylabel)
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     for name, values in curves.items():
-        axes.plot(epochs, values, marker=".", label=f"{name} {values[-1]:.4f}")
+        axes.plot(x, values, marker=".", label=f"{name} {values[-1]:.4f}")
     for name, value in levels.items():
         if value is not None:
             axes.axhline(value, color="k", linestyle="--", linewidth=1, label=f"{name} {value:.4f}")

@@ -26,26 +26,35 @@ number of attention heads and V that of tokens in the vocabulary.
 
 import argparse
 import codecs
+import contextlib
+import dataclasses
 import functools
+import hashlib
 import heapq
 import io
 import itertools
 import json
 import math
 import mmap
+import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
+import textwrap
 import time
 import unicodedata
 import urllib.request
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -56,7 +65,7 @@ import common
 # The network
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     vocab_size: int  # V
     block_size: int  # the longest sequence, in tokens
@@ -290,18 +299,25 @@ class GPT(nn.Module):
             idx = torch.cat([idx, token], dim=1)
 
     @classmethod
-    def from_pretrained(cls, name_or_path):
+    def from_pretrained(cls, name_or_path, block_size=None, dropout=0.0):
         """A trained model, in evaluation mode, float32 and on the CPU.
 
         name_or_path: one of PRETRAINED, which is downloaded once; or a folder that holds
         config.json with model.safetensors or pytorch_model.bin, or one such file beside its
-        config.json; or the folder of a run of this script.
+        config.json; or the folder of a run of this script. block_size: the first positions alone,
+        if it is to be shorter than it was trained for.
 
         Raises ConnectionError where a download fails, FileNotFoundError for files that are not
         there, and ValueError for files that are damaged or hold another model than this one.
         """
         path = find_weights(name_or_path)
         config, weights = read_weights(path)
+        if (block_size or 0) > config.block_size:
+            raise ValueError(f"{name_or_path} was trained for blocks of at most "
+                             f"{config.block_size:,} tokens, not of {block_size:,}")
+        config.block_size, config.dropout = block_size or config.block_size, dropout
+        if "wpe.weight" in weights:
+            weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -380,6 +396,7 @@ class BPETokenizer:
     """
 
     def __init__(self, vocab_file, merges_file):
+        self.files = (Path(vocab_file), Path(merges_file))
         # The files write a byte as a character that can be seen: its own, or one past U+00FF.
         visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
         others = itertools.count(256)
@@ -410,6 +427,9 @@ class BPETokenizer:
 
     def __len__(self):
         return len(self.bytes_of)
+
+    def num_bytes(self, id):
+        return len(self.bytes_of[id])
 
     def _merge(self, word):
         """The ids of one word, in a time that grows little faster than its length."""
@@ -474,6 +494,9 @@ class CharTokenizer:
     def __len__(self):
         return len(self.characters)
 
+    def num_bytes(self, id):
+        return len(self.characters[id].encode("utf-8"))
+
     def encode(self, text):
         """text -> list of ids. Raises ValueError for characters that are not among them."""
         if unknown := set(text) - self.ids.keys():
@@ -496,6 +519,7 @@ class CharTokenizer:
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = "https://huggingface.co/openai-community"
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 # Settings of a config.json that change what a model computes, and their values that are
 # implemented here; the first is what a setting that is left out stands for.
 IMPLEMENTED = {
@@ -518,7 +542,8 @@ DTYPES = {  # as safetensors names them
 def find_weights(name_or_path):
     """-> the path of a file of weights, after downloading it if it is one of PRETRAINED"""
     if name_or_path in PRETRAINED:
-        return download(name_or_path)
+        folder = download(name_or_path, "config.json", *TOKENIZER_FILES, "model.safetensors")
+        return folder / "model.safetensors"
     path = Path(name_or_path)
     names = ("model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
     if path.is_dir():
@@ -529,32 +554,36 @@ def find_weights(name_or_path):
     return path
 
 
-def download(name):
-    """-> the path of the weights, in torch's cache, with the other files of that model beside it
+def fetch(url, path):
+    """Download a file, whole or not at all.
 
     Raises ConnectionError where that fails, after 15 seconds without an answer.
     """
-    folder = Path(torch.hub.get_dir(), "checkpoints", name)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)
     try:
-        for file in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
-            if not (folder / file).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                url = f"{HUB}/{name}/resolve/main/{file}"
-                print(f"{url} -> {folder}", file=sys.stderr)
-                part = folder / f"{file}.part"
-                torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
-                with urllib.request.urlopen(url) as response:  # torch compares no length
-                    if response.length not in (None, part.stat().st_size):
-                        raise ConnectionError(f"{file} broke off")
-                part.replace(folder / file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{url} -> {path}", file=sys.stderr)
+        part = path.with_name(f"{path.name}.part")
+        torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
+        with urllib.request.urlopen(url) as response:  # torch compares no length
+            if response.length not in (None, part.stat().st_size):
+                raise ConnectionError("it broke off")
+        part.replace(path)
     except (OSError, HTTPException, ValueError) as error:
-        raise ConnectionError(f"{name} is not in {folder} and could not be downloaded ({error}): "
-                              "run once online, or give a folder with its files") from error
+        raise ConnectionError(f"{path} is not there and could not be downloaded ({error}): run "
+                              "once online, or put it there") from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return folder / "model.safetensors"
+
+
+def download(name, *files):
+    """-> the folder in torch's cache with these files of one of PRETRAINED"""
+    folder = Path(torch.hub.get_dir(), "checkpoints", name)
+    for file in files:
+        if not (folder / file).exists():
+            fetch(f"{HUB}/{name}/resolve/main/{file}", folder / file)
+    return folder
 
 
 def read_config(path):
@@ -646,11 +675,380 @@ def load_tokenizer(name_or_path):
     path = find_weights(name_or_path)
     if path.suffix == ".pt" and (characters := read_tensors(path).get("characters")):
         return CharTokenizer(characters)
-    files = [path.with_name(name) for name in ("vocab.json", "merges.txt")]
+    files = [path.with_name(name) for name in TOKENIZER_FILES]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file} is not there: put GPT-2's beside the weights")
     return BPETokenizer(*files)
+
+
+# ---------------------------------------------------------------------------------------------
+# The text, and the processes that share it
+
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
+STAND_IN = "python-topics.txt"
+PIECE = 2**20  # how many characters are read at a time
+
+
+class Text(NamedTuple):
+    path: Path
+    length: int  # in characters
+    characters: str  # the different ones
+    digest: str  # SHA-256
+
+
+def process():
+    """-> the rank of this process and how many there are: (0, 1) but under torchrun"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """Replace `tensor` by its sum over all processes, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def find_text(data_dir):
+    """-> the path of tiny Shakespeare, which is downloaded where it is not in `data_dir`; or where
+    that fails, of Python's documentation of itself"""
+    path = Path(data_dir, "tinyshakespeare.txt")
+    try:
+        if not path.exists():
+            fetch(SHAKESPEARE, path)
+    except ConnectionError as error:
+        from pydoc_data.topics import topics
+
+        print(f"warning: {error}; this run learns Python's documentation", file=sys.stderr)
+        path = path.with_name(STAND_IN)
+        common.write_text(path, "\n".join(topics.values()))
+    return path
+
+
+def pieces(file, length, title):
+    """Yield the next `length` characters of a text file, a piece at a time.
+
+    The tokens of the pieces are those of the whole, as each piece ends between two words: where a
+    space or a line end follows something else.
+    """
+    between_words = re.compile(f".*[^{WHITE_SPACE}](?=[ \n])", re.DOTALL)
+    rest = ""
+    with tqdm(desc=title, unit=" characters", unit_scale=True, delay=1, leave=False,
+              disable=process()[0] > 0 or None) as bar:
+        while new := file.read(min(length, PIECE)):
+            bar.update(len(new))
+            length -= len(new)
+            piece = rest + new
+            match = between_words.match(piece)
+            end = match.end() if match else 0
+            yield piece[:end]
+            rest = piece[end:]
+    yield rest
+
+
+def read_text(path, limit):
+    """The first `limit` characters of a file, or with None all of them. -> Text
+
+    Raises UserError where there are none, and for what is no UTF-8.
+    """
+    length, characters, digest = 0, set(), hashlib.sha256()
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for piece in pieces(file, limit or sys.maxsize, "reading"):
+                length += len(piece)
+                characters.update(piece)
+                digest.update(piece.encode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise common.UserError(f"{path} is no UTF-8 text ({error}): convert it") from error
+    if length == 0:
+        raise common.UserError(f"{path} is empty: there is nothing to learn from")
+    return Text(path, length, "".join(sorted(characters)), digest.hexdigest())
+
+
+def tokenize(text, tokenizer, folder, block_size):
+    """The tokens of the first 90% of a text, to train on, and of the rest, to validate. They are
+    kept in two files in `folder`, made once for each text and tokenizer. -> two memory maps
+
+    Raises UserError where there are not enough for one block, and ValueError for a character that
+    the tokenizer does not know.
+    """
+    if isinstance(tokenizer, CharTokenizer):
+        encode, definition = tokenizer.encode, tokenizer.characters.encode("utf-8")
+    else:
+        encode = functools.partial(tokenizer.encode, special=tokenizer.end_of_text is not None)
+        definition = b"".join(file.read_bytes() for file in tokenizer.files)
+    key = hashlib.sha256(text.digest.encode("ascii") + definition).hexdigest()[:16]
+    files = [folder / f"tokens-{key}-{part}.bin" for part in ("train", "val")]
+    train_length = int(0.9 * text.length)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    near = next(path for path in files[0].absolute().parents if path.is_dir())
+    with tempfile.TemporaryDirectory(dir=near) as temporary:
+        made = files
+        if not all(file.exists() for file in files):
+            made = [Path(temporary, file.name) for file in files]
+            with open(text.path, encoding="utf-8", newline="") as source:
+                for file, length in zip(made, (train_length, text.length - train_length),
+                                        strict=True):
+                    with open(file, "wb") as target:
+                        for piece in pieces(source, length, "tokenizing"):
+                            target.write(np.array(encode(piece), dtype))
+        train, val = (file.stat().st_size // dtype().itemsize for file in made)
+        if train <= block_size or val < 2:
+            raise common.UserError(f"{text.path} is too short: with {train:,} tokens to train on "
+                                   f"and {val:,} to validate it has no block of {block_size:,} and "
+                                   "the token after it: choose a smaller --block-size")
+        folder.mkdir(parents=True, exist_ok=True)
+        for source, file in zip(made, files, strict=True):
+            os.replace(source, file)
+    return [np.memmap(file, dtype, "r") for file in files]
+
+
+def draw_windows(tokens, number, block_size, seed, step):
+    """What a step learns from, however many processes share it: windows that begin anywhere in
+    `tokens`. -> [number, block_size + 1]"""
+    generator = torch.Generator().manual_seed(common.seed_for(seed, step))
+    starts = torch.randint(len(tokens) - block_size, (number, 1), generator=generator)
+    windows = tokens[starts.numpy() + np.arange(block_size + 1)]
+    return torch.from_numpy(windows.astype(np.int64))
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are made orthogonal, so that a matrix learns in all directions alike
+    (Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as large as Adam's are, so that
+    it takes the same learning rates (Liu et al., 2025, arXiv:2502.16982).
+
+    torch.optim.Muon computes in bfloat16, which many CPUs only emulate, and take 20 times as long.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if "mean" not in self.state[weight]:
+                    self.state[weight]["mean"] = torch.zeros_like(weight)
+                mean = self.state[weight]["mean"].lerp_(weight.grad, 1 - momentum)
+                update = orthogonalize(weight.grad.lerp(mean, momentum))
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
+
+
+def orthogonalize(matrix):
+    """U V^T, nearly, for a matrix U S V^T: each step of the iteration (Newton and Schulz) keeps
+    the singular vectors, and brings the singular values nearer to 1."""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    x = x if x.size(0) <= x.size(1) else x.T  # the products below are then the smaller ones
+    for _ in range(5):
+        xx = x @ x.T
+        x = 3.4445 * x + (2.0315 * xx @ xx - 4.7750 * xx) @ x
+    return x if x.shape == matrix.shape else x.T
+
+
+def learning_rate(step, args):
+    """Up to --lr in the first --warmup steps, then by a cosine down to --min-lr."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / (args.max_steps - args.warmup)  # from 0 to 1
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def flops_per_token(model):
+    """Of a training step: 6 for each weight of a matrix product (2 forward, 4 backward) and 12 T C
+    for each layer's attention (Chowdhery et al., 2022, arXiv:2204.02311, Appendix B)."""
+    weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    config = model.config
+    return 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
+
+
+def matrix_rate(device, dtype):
+    """How many floating-point operations per second a product of large matrices comes to here."""
+    n = 1024 if device.type == "cpu" else 8192
+    x = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()  # to read a value is to wait for it
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, tokenizer, batch_size, dtype):
+    """One pass over `tokens`, in windows of block_size, each token weighing the same.
+
+    -> the cross-entropy in nats per token, and in bits per byte of text, by which models with
+    different tokenizers can be compared
+    """
+    device, T, n = model.wte.weight.device, model.config.block_size, len(tokens) - 1
+    num_bytes = torch.tensor([tokenizer.num_bytes(id) for id in range(len(tokenizer))])
+    sums = torch.zeros(2, device=device)  # nats and bytes
+    whole = n - n % T  # all but the last, shorter window
+    bounds = sorted({*range(0, whole, batch_size * T), whole, n})
+    rank, size = process()
+    model.eval()
+    for start, stop in [*itertools.pairwise(bounds)][rank::size]:
+        part = torch.from_numpy(tokens[start:stop + 1].astype(np.int64))
+        x, y = (t.view(-1, min(T, stop - start)).to(device) for t in (part[:-1], part[1:]))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, loss = model(x, y)
+        sums += torch.stack([loss * y.numel(), num_bytes[part[1:]].sum().to(device)])
+    model.train()
+    nats, length = add_up(sums).tolist()
+    return nats / n, nats / length / math.log(2)
+
+
+def draw_curves(rows, run, heading):
+    curves = {name: [row[f"{name}_loss"] for row in rows] for name in ("train", "val")}
+    common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token",
+                       [row["step"] for row in rows], curves, {}, xlabel="step")
+
+
+def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=None):
+    """Fit `model` to the tokens `train`. `kept` is what every checkpoint holds beside the model;
+    `state`, the content of a last.pt, is where to go on from.
+
+    Under torchrun each process calls this with the same arguments, and that of rank 0 writes.
+    """
+    device, block_size = model.wte.weight.device, model.config.block_size
+    rank, size = process()
+    net = model  # or its view whose backward pass averages the gradients of all processes
+    if size > 1:
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    matrices = [p for p in model.parameters() if p.dim() == 2]  # the first two: wte and wpe
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # of biases and LayerNorms
+    first = 2 if args.optimizer == "muon" else len(matrices)
+    optimizers = {"adamw": torch.optim.AdamW(
+        [{"params": matrices[:first]}, {"params": vectors, "weight_decay": 0.0}],
+        args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)}
+    if args.optimizer == "muon":
+        optimizers["muon"] = Muon(matrices[first:], args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, seconds, best, rows = 0, 0.0, math.inf, []
+    sums = torch.zeros(2, device=device)  # of loss and gradient norm, over the steps since a row
+    if state:
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizer"][name])
+        if state["scaler"]:  # empty after training without float16
+            scaler.load_state_dict(state["scaler"])
+        step, seconds, best, rows = (state[k] for k in ("step", "seconds", "best", "rows"))
+        sums = state["sums"].to(device)
+    tokens_per_step = args.batch_size * block_size
+    part_size = args.batch_size // (args.grad_accum * size)
+    peak = matrix_rate(device, dtype) * size
+
+    def save_last():
+        common.save_checkpoint(run / "last.pt", kept | {
+            "model": model.state_dict(), "scaler": scaler.state_dict(), "optimizer": {
+                name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "step": step, "seconds": seconds, "best": best, "rows": rows, "sums": sums})
+
+    def save_best():
+        common.save_checkpoint(run / "best.pt", kept | {
+            "model": model.state_dict(), "step": step, "val": best,
+            "val_bits_per_byte": bits})
+
+    def show_sample():
+        """200 tokens, from the same random numbers every time."""
+        generator = torch.Generator(device).manual_seed(0)
+        idx = torch.tensor([[tokenizer.start]], device=device)
+        tokens = model.generate(idx, 200, top_k=40, generator=generator)
+        text = tokenizer.decode(tokens[0, 1:].tolist())
+        common.write_text(run / f"sample_step_{step:06d}.txt", text)
+        print(textwrap.indent(text, "    "), flush=True)
+
+    if rank == 0:
+        common.write_metrics(run, rows)
+    if step == 0:
+        best, bits = evaluate(model, val, tokenizer, part_size, dtype)
+        if rank == 0:
+            save_best()
+            save_last()
+            print(f"step {step:5d}/{args.max_steps} | before       | val {best:.4f} | "
+                  f"{bits:.3f} bits/byte", flush=True)
+            show_sample()
+
+    with common.StopRequest() as stop:
+        while step < args.max_steps:
+            began, resumed_at = time.perf_counter(), step
+            until = min((len(rows) + 1) * args.eval_every, args.max_steps)
+            bar = tqdm(range(step, until), f"step {until}/{args.max_steps}", unit=" tok",
+                       unit_scale=tokens_per_step, leave=False, disable=rank > 0 or None)
+            for step in bar:
+                lr = learning_rate(step, args)
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                torch.manual_seed(common.seed_for(args.seed, step, 1 + rank))  # of the dropout
+
+                windows = draw_windows(train, args.batch_size, block_size, args.seed, step)
+                mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
+                loss = torch.zeros((), device=device)
+                for i, part in enumerate(mine.split(part_size), 1):
+                    exchange = size == 1 or i == args.grad_accum  # the processes their gradients
+                    with contextlib.nullcontext() if exchange else net.no_sync():
+                        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                            part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
+                        scaler.scale(part_loss).backward()
+                    loss += part_loss.detach()
+                for optimizer in optimizers.values():
+                    scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+                for optimizer in optimizers.values():
+                    scaler.step(optimizer)
+                    optimizer.zero_grad()
+                scaler.update()
+
+                loss = add_up(loss) / size
+                sums += torch.stack([loss, norm])  # read once, below
+                step += 1
+                if step % 10 == 0:  # not each time: to read the loss is to wait for the device
+                    bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
+                    if not loss.isfinite():
+                        raise common.UserError(
+                            f"the loss is not finite at step {step}: start again with a lower "
+                            f"--lr ({run / 'last.pt'} keeps the last good model)")
+                if add_up(torch.tensor(float(stop.asked))) and step < until:
+                    bar.close()
+                    seconds += time.perf_counter() - began
+                    if rank == 0:
+                        save_last()
+                        print(f"stopped after step {step}; go on with: "
+                              f"python gpt.py train --resume {run}", flush=True)
+                    sys.exit(130)
+            since = rows[-1]["step"] if rows else 0
+            train_loss, grad_norm = (sums / (step - since)).tolist()
+            sums.zero_()
+            tokens_per_s = tokens_per_step * (step - resumed_at) / (time.perf_counter() - began)
+            val_loss, bits = evaluate(model, val, tokenizer, part_size, dtype)
+            seconds += time.perf_counter() - began
+            rows.append({
+                "epoch": round(step * tokens_per_step / len(train), 3), "step": step,
+                "seconds": round(seconds, 2), "tokens_per_s": round(tokens_per_s),
+                "train_loss": train_loss, "val_loss": val_loss, "val_bits_per_byte": bits,
+                "lr": lr, "grad_norm": grad_norm})
+            improved, best = val_loss < best, min(val_loss, best)
+            if rank > 0:
+                continue
+            if improved:
+                save_best()
+            save_last()
+            common.write_metrics(run, rows)
+            print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
+                  f"val {val_loss:.4f} | {bits:.3f} bits/byte | lr {lr:.1e} norm {grad_norm:.2f} | "
+                  f"{1000 * tokens_per_step / tokens_per_s:.1f} ms, {tokens_per_s / 1000:.1f}k "
+                  f"tok/s, {flops_per_token(model) * tokens_per_s / peak:.0%} MFU | "
+                  f"{seconds:.1f} s", flush=True)
+            show_sample()
+            draw_curves(rows, run, heading)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -714,8 +1112,151 @@ def write_samples(args):
     print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="gpt.py", description="Write text with GPT-2.",
+# What `train` does where it is not told otherwise: on a CPU, as much as two cores learn in three
+# minutes; on a GPU, the recipe that nanoGPT made known; from weights that have learned already,
+# small steps.
+RECIPES = {
+    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
+            "dropout": 0.0, "optimizer": "muon", "max_steps": 2000, "eval_every": 250},
+    "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
+             "dropout": 0.2, "optimizer": "adamw", "max_steps": 5000, "eval_every": 250},
+    "init": {"batch_size": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 5e-5,
+             "max_steps": 100, "eval_every": 25},
+}
+RATES = {"adamw": 0.4, "muon": 0.9}  # the highest learning rate, times n_embd
+
+
+def find_tokenizer(args, characters):
+    """The tokenizer that comes with --init, or else the one that --tokenizer names.
+
+    Raises UserError where they differ, or where there is none.
+    """
+    tokenizer = None
+    if args.init != "scratch":
+        with contextlib.suppress(FileNotFoundError):
+            tokenizer = load_tokenizer(args.init)
+    if tokenizer is not None:
+        own = "gpt2" if isinstance(tokenizer, BPETokenizer) else "char"
+        if args.tokenizer not in (None, own):
+            raise common.UserError(f"--tokenizer {args.tokenizer} does not fit --init {args.init}, "
+                                   f"which has one of its own, {own}: leave it out")
+        return tokenizer
+    if args.init != "scratch" and args.tokenizer is None:
+        raise common.UserError(f"--init {args.init} comes without a tokenizer: put GPT-2's "
+                               f"{' and '.join(TOKENIZER_FILES)} there, or pass --tokenizer")
+    if args.tokenizer != "gpt2":
+        return CharTokenizer(characters)
+    folder = Path(args.data_dir, "gpt2")
+    if not all((folder / file).exists() for file in TOKENIZER_FILES):
+        folder = download("gpt2", *TOKENIZER_FILES)
+    return BPETokenizer(*(folder / file for file in TOKENIZER_FILES))
+
+
+def train_model(argv):
+    """The `train` command; under torchrun each process runs it."""
+    args, state = parse_args(argv), None
+    if args.resume is not None:
+        run = Path(args.resume)
+        state = common.load_checkpoint(run / "last.pt", "gpt.py")
+        args = parse_args(argv, state["args"])  # the run's own, but for what is given now
+    device, dtype = common.pick_device(args.device, not args.no_amp)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
+    rank, size = process()
+
+    if state is None:
+        args.defaults = ("init" if args.init != "scratch" else
+                         "cuda" if device.type == "cuda" else "cpu")
+        by_size = zip(("n_layer", "n_head", "n_embd"), SIZES.get(args.size, ()), strict=False)
+        for name, value in (RECIPES[args.defaults] | dict(by_size)).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.lr = args.lr or RATES[args.optimizer] / args.n_embd
+        args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
+    if args.batch_size % (args.grad_accum * size):
+        raise common.UserError(f"--batch-size {args.batch_size} is no multiple of --grad-accum "
+                               f"{args.grad_accum} times {size}, the number of processes")
+
+    if local_rank > 0:
+        add_up(torch.zeros(1))  # wait for the first of this machine, to find what it downloads
+    text = read_text(Path(args.text) if args.text else find_text(args.data_dir), args.limit)
+    if state and state["text"] != text.digest:
+        raise common.UserError(f"{text.path} is not the text that {run} began with: give that one "
+                               "as --text")
+    stand_in = text.path.name == STAND_IN
+    if stand_in:
+        args.text = str(text.path)  # to resume with it even where tiny Shakespeare can be had
+    if state is None:
+        run = Path(args.out_dir or f"runs/gpt-{text.path.stem}")
+    torch.manual_seed(args.seed)
+    try:
+        if state:
+            tokenizer = load_tokenizer(run / "last.pt")
+            model = GPT(GPTConfig(**state["config"]))
+            model.load_state_dict(state["model"])
+        elif args.init == "scratch":
+            tokenizer = find_tokenizer(args, text.characters)
+            model = GPT(GPTConfig(len(tokenizer), args.block_size, args.n_layer, args.n_head,
+                                  args.n_embd, args.dropout))
+        else:
+            config, _ = read_weights(find_weights(args.init))
+            args.block_size = args.block_size or min(config.block_size, 256)
+            model = GPT.from_pretrained(args.init, args.block_size, args.dropout).train()
+            tokenizer = find_tokenizer(args, text.characters)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and {args.init} "
+                             f"{model.config.vocab_size:,}: they do not belong together")
+        train, val = tokenize(text, tokenizer, run.parent, args.block_size)
+    except ValueError as error:
+        raise common.UserError(error) from error
+    if local_rank == 0:
+        add_up(torch.zeros(1))
+
+    model.to(device)
+    kind = "characters" if isinstance(tokenizer, CharTokenizer) else "GPT-2's tokens"
+    heading = f"GPT on {text.path.name}, {kind}"
+    if rank == 0:
+        if state is None:
+            run = common.new_run_folder(run)
+            common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
+            for file in getattr(tokenizer, "files", ()):
+                shutil.copy(file, run)
+        config, count = model.config, sum(p.numel() for p in model.parameters())
+        floats = 4 * count  # weights, gradients, and two running means of Adam's
+        if args.optimizer == "muon":
+            floats -= sum(p.numel() for p in model.h.parameters() if p.dim() == 2)  # it has one
+        print(f"{heading}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+              f"{count:,} parameters (defaults: {args.defaults}) on {device} in "
+              f"{str(dtype).removeprefix('torch.')}; {size} processes with {4 * floats / 1e6:,.1f} "
+              f"MB for weights, gradients and optimizer; {len(train):,} train, "
+              f"{len(val):,} val tokens of {len(tokenizer):,}; {args.max_steps:,} steps of "
+              f"{args.batch_size} x {config.block_size} tokens, "
+              f"{flops_per_token(model) * args.batch_size * config.block_size / 1e9:,.1f} GFLOP; "
+              f"-> {run}", flush=True)
+    kept = {"config": dataclasses.asdict(model.config), "args": vars(args), "text": text.digest,
+            "characters": getattr(tokenizer, "characters", None)}
+    rows = fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state)
+    if rank == 0:
+        best = common.load_checkpoint(run / "best.pt", "gpt.py")
+        results = {"val_loss": best["val"], "val_bits_per_byte": best["val_bits_per_byte"],
+                   "step": best["step"], "seconds": rows[-1]["seconds"], "device": str(device),
+                   "torch": torch.__version__}
+        common.write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
+        print(f"best: step {best['step']}, val {best['val']:.4f}; to read more of it: "
+              f"python gpt.py generate --model {run}")
+        if stand_in:
+            print("warning: no tiny Shakespeare, so all this is of Python's documentation",
+                  file=sys.stderr)
+        print(run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parse_args(argv=None, run_args=None):
+    parser = argparse.ArgumentParser(prog="gpt.py", description="Train a GPT, and write with it.",
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     default = "(default: %(default)s)"
@@ -750,6 +1291,74 @@ def parse_args(argv=None):
                        help=f"auto takes cuda, else mps, else cpu {default}")
     group.add_argument("--no-amp", action="store_true", help="weights in float32 on CUDA, instead "
                        "of bfloat16 or float16")
+
+    trainer = commands.add_parser("train", help="learn a text", allow_abbrev=False, prog="gpt.py",
+                                  usage="gpt.py train [options]")
+
+    def by_recipe(name):
+        return "default: " + ", ".join(
+            f"{recipe[name]} for {key}" for key, recipe in RECIPES.items() if name in recipe)
+
+    group = trainer.add_argument_group("text and model")
+    group.add_argument("--text", metavar="FILE", help="any UTF-8 text, of which the last 10%% "
+                       "validate (default: tiny Shakespeare, downloaded once)")
+    group.add_argument("--tokenizer", choices=["char", "gpt2"], help="a token for each character, "
+                       "or GPT-2's (default: char, or what --init comes with)")
+    group.add_argument("--init", default="scratch", metavar="scratch|NAME|DIR|FILE", help="weights "
+                       f"to go on from, as for generate --model, or none {default}")
+    group.add_argument("--size", choices=SIZES, help="the next three by name")
+    group.add_argument("--n-layer", type=common.integer(1), help=by_recipe("n_layer"))
+    group.add_argument("--n-head", type=common.integer(1), help=by_recipe("n_head"))
+    group.add_argument("--n-embd", type=common.integer(1), help=by_recipe("n_embd"))
+    group.add_argument("--block-size", type=common.integer(1), metavar="T", help="tokens that the "
+                       f"model sees at once ({by_recipe('block_size')}, at most 256 for init)")
+    group.add_argument("--dropout", type=common.number(0, 1), help=by_recipe("dropout"))
+    group = trainer.add_argument_group("training")
+    group.add_argument("--max-steps", type=common.integer(1), help=by_recipe("max_steps"))
+    group.add_argument("--eval-every", type=common.integer(1), metavar="STEPS", help="how often to "
+                       f"validate, save and write a sample ({by_recipe('eval_every')})")
+    group.add_argument("--batch-size", type=common.integer(1), help="sequences a step, of all "
+                       f"processes together ({by_recipe('batch_size')})")
+    group.add_argument("--grad-accum", type=common.integer(1), default=1, help="in how many parts "
+                       f"each process takes its share of them, to save memory {default}")
+    group.add_argument("--optimizer", choices=["muon", "adamw"], help="muon for the matrices of "
+                       f"the layers and adamw for the rest, or adamw ({by_recipe('optimizer')})")
+    group.add_argument("--lr", type=common.positive, help="highest learning rate (default: "
+                       f"{RATES['muon']} / n_embd with muon, {RATES['adamw']} / n_embd with "
+                       f"adamw, {RECIPES['init']['lr']} for init)")
+    group.add_argument("--min-lr", type=common.number(0), default=0.0,
+                       help=f"learning rate at the end {default}")
+    group.add_argument("--warmup", type=common.integer(0), metavar="STEPS", help="in which the "
+                       "learning rate rises (default: a twentieth of all)")
+    group.add_argument("--weight-decay", type=common.number(0), default=0.1,
+                       help=f"of matrices and embeddings {default}")
+    group.add_argument("--grad-clip", type=common.number(0), default=1.0,
+                       help=f"longest gradient, others are shortened to it; 0: any {default}")
+    group.add_argument("--seed", type=common.integer(0), default=42,
+                       help=f"of the weights, the batches and the dropout {default}")
+    group = trainer.add_argument_group("data, device and run")
+    group.add_argument("--data-dir", default="data", metavar="DIR", help="where tiny Shakespeare "
+                       f"is, or is downloaded to, and gpt2/ with GPT-2's tokenizer {default}")
+    group.add_argument("--limit", type=common.integer(1), metavar="N",
+                       help="a quick try: only the first N characters of the text (default: all)")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                       help=f"auto takes cuda, else mps, else cpu {default}")
+    group.add_argument("--no-amp", action="store_true", help="no autocast to bfloat16 or "
+                       "float16 on CUDA (elsewhere there is none anyway)")
+    group.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
+                       "holds something gets a suffix (default: runs/gpt-NAME for NAME.txt)")
+    group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
+                       "arguments; only --device, --data-dir and --text may be given beside it")
+    trainer.set_defaults(command="train", script="gpt.py")
+
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        args = common.parse_run_args(trainer, argv[1:], run_args)
+        own = [f"--{name.replace('_', '-')}" for name in ("size", "n_layer", "n_head", "n_embd")
+               if getattr(args, name) is not None]
+        if args.init != "scratch" and own and not run_args:
+            trainer.error(f"--init keeps the size of its model: leave out {' '.join(own)}")
+        return args
     args = parser.parse_args(argv)
     choices = ("temperature", "top_k", "top_p")
     if args.greedy and any(getattr(args, name) != command.get_default(name) for name in choices):
@@ -762,7 +1371,8 @@ def parse_args(argv=None):
 def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # not everywhere the default, as on Windows
-    write_samples(parse_args(argv))
+    args = parse_args(argv)
+    train_model(argv) if args.command == "train" else write_samples(args)
 
 
 if __name__ == "__main__":

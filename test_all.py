@@ -1136,7 +1136,7 @@ class Pretrained(TemporaryFolder):
         serve_hub(self, self.model, broken="model.safetensors")
         with contextlib.redirect_stderr(io.StringIO()):
             for _ in range(2):
-                self.assert_not_loaded("could not be downloaded .model.safetensors broke", "gpt2")
+                self.assert_not_loaded("model.safetensors is not there and could not be downloaded .it broke", "gpt2")
 
     def test_no_network_and_no_weights(self):
         replace_hub(self, "http://127.0.0.1:9")
@@ -1342,6 +1342,334 @@ class GPTCommandLine(TemporaryFolder):
         self.assertEqual(written[3:-2], [(character,) for character in "".join(
             word for word, in written[3:-2])])
         self.assertEqual(len(written[3:-2]), 5)
+
+
+def write_text(path, length=5000, characters="\n abcdefg"):
+    """A text whose characters come in threes, which a model learns in a few steps."""
+    words = ["".join(word) for word in itertools.product(characters, repeat=3)]
+    text = "".join(random.Random(0).choices(words[::7], k=length // 3 + 1))[:length]
+    Path(path).write_text(text, encoding="utf-8", newline="")
+    return text
+
+
+class GPTText(TemporaryFolder):
+    def test_the_words_of_the_pieces_are_those_of_the_whole(self):
+        draw = random.Random(0)
+        for _ in range(300):
+            text = "".join(draw.choices("  \n\n\r\t\u2003\x1c,.'sab1\u0663é", k=100))
+            size = draw.randint(1, 40)
+            with mock.patch.object(gpt, "PIECE", size):
+                parts = [*gpt.pieces(io.StringIO(text, newline=""), 90, "")]
+            self.assertEqual("".join(parts), text[:90])
+            words = gpt.word_pattern().findall
+            self.assertEqual([word for part in parts for word in words(part)], words(text[:90]))
+        self.assertGreater(len(parts), 2)
+
+    def test_the_tokens_are_those_of_the_text_made_once_for_each_tokenizer(self):
+        text = write_text("text.txt", 3333)
+        read = gpt.read_text(Path("text.txt"), None)
+        self.assertEqual((read.length, read.characters), (3333, "\n abcdefg"))
+        Tokenizers.own_files(self, "a b", "e e")
+        for tokenizer in (gpt.CharTokenizer(read.characters),
+                          gpt.BPETokenizer("vocab.json", "merges.txt")):
+            with mock.patch.object(gpt, "PIECE", 500):
+                train, val = gpt.tokenize(read, tokenizer, Path("."), 100)
+            self.assertEqual(train.dtype, np.uint16)
+            self.assertEqual(train.tolist(), tokenizer.encode(text[:2999]))
+            self.assertEqual(val.tolist(), tokenizer.encode(text[2999:]))
+            with mock.patch.object(type(tokenizer), "encode", None):
+                again, _ = gpt.tokenize(read, tokenizer, Path("."), 100)
+            self.assertEqual(again.tolist(), train.tolist())
+        self.assertEqual(len([*Path(".").glob("tokens-*")]), 4)
+
+    def test_more_than_65536_tokens_do_not_wrap(self):
+        everything = "".join(map(chr, [*range(32, 0xd800), *range(0x10000, 0x10000 + 20_000)]))
+        Path("text.txt").write_text(everything, encoding="utf-8", newline="")
+        read = gpt.read_text(Path("text.txt"), None)
+        train, val = gpt.tokenize(read, gpt.CharTokenizer(read.characters), Path("."), 64)
+        self.assertEqual(train.dtype, np.uint32)
+        self.assertEqual([*train, *val], [*range(len(everything))])
+
+    def test_end_of_text_is_one_token_to_learn(self):
+        Tokenizers.own_files(self)
+        tokenizer = gpt.BPETokenizer("vocab.json", "merges.txt")
+        Path("text.txt").write_text("ab<|endoftext|>" * 20, encoding="utf-8")
+        train, _ = gpt.tokenize(gpt.read_text(Path("text.txt"), None), tokenizer, Path("."), 4)
+        self.assertEqual(train[:6].tolist(), tokenizer.encode("ab<|endoftext|>", True) * 2)
+
+    def test_windows_begin_anywhere_and_depend_on_seed_and_step_alone(self):
+        tokens = np.arange(100, dtype=np.uint16)
+        windows = gpt.draw_windows(tokens, 2000, 8, 1, 2)
+        self.assertEqual(windows.shape, (2000, 9))
+        self.assertTrue((windows.diff() == 1).all())
+        self.assertEqual(set(windows[:, 0].tolist()), set(range(92)))
+        self.assertTrue(windows.equal(gpt.draw_windows(tokens, 2000, 8, 1, 2)))
+        for other in ((1, 3), (2, 2)):
+            self.assertFalse(windows.equal(gpt.draw_windows(tokens, 2000, 8, *other)))
+
+    def test_tiny_shakespeare_is_downloaded_once_and_python_stands_in(self):
+        def respond(handler):
+            asked.append(handler.path)
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.write(b"First Citizen:\n")
+
+        asked, err = [], io.StringIO()
+        server = serve(self, respond)
+        with mock.patch.object(gpt, "SHAKESPEARE", f"{server}/input.txt"), \
+                contextlib.redirect_stderr(err):
+            for _ in range(2):
+                path = gpt.find_text("data")
+        self.assertEqual((str(path), path.read_text()), ("data/tinyshakespeare.txt",
+                                                         "First Citizen:\n"))
+        self.assertEqual(set(asked), {"/input.txt"})
+        with mock.patch.object(gpt, "SHAKESPEARE", "http://localhost:1/input.txt"), \
+                contextlib.redirect_stderr(err):
+            path = gpt.find_text("elsewhere")
+        self.assertIn("could not be downloaded", err.getvalue())
+        self.assertEqual(path.name, "python-topics.txt")
+        self.assertGreater(gpt.read_text(path, None).length, 100_000)
+
+
+class GPTTraining(TemporaryFolder):
+    def setUp(self):
+        super().setUp()
+        drawing = without_pictures(gpt)
+        drawing.start()
+        self.addCleanup(drawing.stop)
+        self.text = write_text("text.txt")
+
+    def train(self, *argv):
+        """-> the folder, the printed lines and the rows of metrics.jsonl of a run"""
+        status, out, err = run_main(gpt.main, "train", "--text", "text.txt", "--device", "cpu",
+                                    "--n-layer", 2, "--n-embd", 32, "--block-size", 16, *argv)
+        self.assertEqual((status, err), (0, ""))
+        run = Path(out.splitlines()[-1])
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return run, out.splitlines(), rows
+
+    def gradients(self, *argv):
+        """Those of the first step, in float64"""
+        seen = []
+
+        def clip(parameters, *_):
+            seen.append([p.grad.clone() for p in parameters])
+            return torch.zeros(())
+
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        with mock.patch.object(nn.utils, "clip_grad_norm_", clip):
+            self.train("--max-steps", 1, *argv)
+        return torch.cat([gradient.flatten() for gradient in seen[0]])
+
+    def test_accumulated_gradients_are_those_of_the_whole_batch(self):
+        whole = self.gradients("--batch-size", 16)
+        parts = self.gradients("--batch-size", 16, "--grad-accum", 4)
+        self.assertEqual(whole.dtype, torch.float64)
+        self.assertLess((whole - parts).norm(), 1e-12 * whole.norm())
+
+    def test_orthogonalized_matrices_keep_their_singular_vectors(self):
+        torch.manual_seed(0)
+        for shape in ((20, 50), (50, 20), (30, 30)):
+            matrix = torch.randn(shape)
+            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+            product = u.T @ gpt.orthogonalize(matrix) @ vt.T  # diagonal, if it has the same
+            values = product.diag()
+            self.assertLess((product - values.diag()).abs().max(), 1e-4)
+            large = s > 0.1 * s.max()
+            self.assertTrue(((0.6 < values) & (values < 1.3))[large].all(), values)
+
+    def test_muon_is_that_of_torch(self):
+        torch.manual_seed(0)
+        ours, theirs = (nn.Parameter(t) for t in torch.randn(1, 40, 24).repeat(2, 1, 1))
+        a = gpt.Muon([ours], lr=0.1, weight_decay=0.1)
+        b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        before = ours.detach().clone()
+        for _ in range(3):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+            a.step()
+            b.step()
+        self.assertLess((ours - theirs).norm(), 0.01 * (ours - before).norm())  # it has bfloat16
+
+    def test_the_learning_rate_rises_and_follows_a_cosine(self):
+        args = gpt.parse_args(["train", "--lr", "1", "--min-lr", "0.1", "--warmup", "10",
+                               "--max-steps", "110"])
+        rates = [gpt.learning_rate(step, args) for step in range(110)]
+        self.assertAlmostEqual(rates[0], 0.1)
+        self.assertEqual(rates[9:11], [1.0, 1.0])
+        self.assertAlmostEqual(rates[60], 0.55)
+        self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
+        self.assertLess(rates[-1], 0.101)
+
+    def test_validation_weighs_every_token_the_same_and_counts_bytes(self):
+        torch.manual_seed(0)
+        characters = "aé€😀\n"  # of 1, 2, 3, 4 and 1 bytes
+        tokens = torch.randint(5, (50,)).numpy().astype(np.uint16)
+        model = gpt.GPT(gpt.GPTConfig(5, 8, 1, 1, 4))  # 49 to predict: 6 windows and 1 token
+        nats = 0
+        for start in range(0, 49, 8):
+            x = torch.from_numpy(tokens[start:start + 9].astype(np.int64))[None]
+            nats += model(x[:, :-1], x[:, 1:])[1].item() * (x.size(1) - 1)
+        length = len("".join(characters[i] for i in tokens[1:]).encode("utf-8"))
+        for batch_size in (1, 4, 100):
+            loss, bits = gpt.evaluate(model, tokens, gpt.CharTokenizer(characters), batch_size,
+                                      torch.float32)
+            self.assertAlmostEqual(loss, nats / 49, places=5)
+            self.assertAlmostEqual(bits, nats / length / math.log(2), places=5)
+        self.assertTrue(model.training)
+
+    def test_operations_per_token(self):
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.GPTConfig(50257, 1024, *gpt.SIZES["gpt2"]))
+        matrices = 12 * 12 * 768**2 + 50257 * 768
+        self.assertAlmostEqual(gpt.flops_per_token(model) / (6 * matrices + 12 * 12 * 1024 * 768),
+                               1, places=2)
+        self.assertGreater(gpt.matrix_rate(torch.device("cpu"), torch.float32), 1e8)
+
+    def test_a_run_learns_and_leaves_what_the_readme_says(self):
+        run, lines, rows = self.train("--max-steps", 60, "--eval-every", 25)
+        self.assertEqual(run, Path("runs/gpt-text"))
+        self.assertRegex(lines[0], "^GPT on text.txt, characters: 2 layers, 4 heads, 32 wide, .*"
+                         "defaults: cpu.* 4,500 train, 500 val tokens of 9; 60 steps of 12 x 16 ")
+        self.assertEqual([row["step"] for row in rows], [25, 50, 60])
+        self.assertEqual([*rows[0]], ["epoch", "step", "seconds", "tokens_per_s", "train_loss",
+                                      "val_loss", "val_bits_per_byte", "lr", "grad_norm"])
+        self.assertLess(rows[-1]["val_loss"], 1.9)  # ln 9 is 2.2
+        self.assertAlmostEqual(rows[-1]["val_bits_per_byte"] * math.log(2), rows[-1]["val_loss"],
+                               places=4)  # a byte a character
+        self.assertEqual(sorted(os.listdir(run)), [
+            "args.json", "best.pt", "last.pt", "metrics.jsonl",
+            *(f"sample_step_{step:06d}.txt" for step in (0, 25, 50, 60)), "test.json"])
+        test = json.loads((run / "test.json").read_text())
+        self.assertEqual(test["val_loss"], min(row["val_loss"] for row in rows))
+        self.assertEqual(len((run / "sample_step_000060.txt").read_text(encoding="utf-8")), 200)
+        state = common.load_checkpoint(run / "last.pt", "gpt.py")
+        model = gpt.GPT.from_pretrained(run)
+        self.assertEqual([*state["model"]], [*model.state_dict()])
+        status, out, _ = run_main(gpt.main, "generate", "--model", run, "--prompt", "abc",
+                                  "--device", "cpu")
+        self.assertEqual((status, out[:3], len(out)), (0, "abc", 204))
+
+    def test_a_second_run_gets_a_folder_of_its_own_and_the_same_weights(self):
+        runs = [self.train("--max-steps", 3, "--dropout", 0.1)[0] for _ in range(2)]
+        self.assertEqual([run.name for run in runs], ["gpt-text", "gpt-text-2"])
+        first, second = (common.load_checkpoint(run / "last.pt", "gpt.py") for run in runs)
+        self.assertEqual(differences(first["model"], second["model"]), [])
+
+    def test_each_kind_of_parameter_is_optimized_as_it_should_be(self):
+        for optimizer, moments in (("adamw", {"adamw": 28}), ("muon", {"adamw": 20, "muon": 8})):
+            run, _, _ = self.train("--max-steps", 1, "--optimizer", optimizer)
+            saved = common.load_checkpoint(run / "last.pt", "gpt.py")["optimizer"]
+            self.assertEqual({name: len(state["state"]) for name, state in saved.items()}, moments)
+            decay = [group["weight_decay"] for group in saved["adamw"]["param_groups"]]
+            self.assertEqual(decay, [0.1, 0.0])
+
+    def test_fine_tuning_starts_where_the_model_is(self):
+        write_hub_folder("hub", small_gpt(vocab_size=257, block_size=24).float())
+        os.chdir("hub")
+        Tokenizers.own_files(self, "a b")
+        os.chdir("..")
+        first = self.train("--max-steps", 30)[0]
+        for init in ("hub", first):
+            model, tokenizer = gpt.GPT.from_pretrained(init, 16), gpt.load_tokenizer(init)
+            val = np.array(tokenizer.encode(self.text[4500:]), np.uint16)
+            own, _ = gpt.evaluate(model, val, tokenizer, 4, torch.float32)
+            status, out, err = run_main(
+                gpt.main, "train", "--text", "text.txt", "--init", init, "--block-size", 16,
+                "--device", "cpu", "--max-steps", 40, "--lr", 1e-3, "--dropout", 0.1)
+            self.assertEqual((status, err), (0, ""))
+            run = Path(out.splitlines()[-1])
+            start = next(line for line in out.splitlines() if line.startswith("step "))
+            self.assertIn(f"val {own:.4f}", start)
+            self.assertLess(json.loads((run / "test.json").read_text())["val_loss"], own - 0.02)
+            loaded = gpt.load_tokenizer(run)
+            self.assertEqual(type(loaded), type(tokenizer))
+            self.assertEqual(loaded.encode(self.text), tokenizer.encode(self.text))
+        shutil.rmtree("hub")  # the run has a tokenizer of its own
+        status, _, err = run_main(gpt.main, "generate", "--model", run, "--device", "cpu")
+        self.assertEqual(status, 0, err)
+
+    def test_bad_values_are_answered_in_one_line(self):
+        self.module = gpt
+        write_hub_folder("hub", small_gpt(vocab_size=257, block_size=24).float())
+        write_hub_folder("few", small_gpt(vocab_size=5, block_size=24).float())
+        os.chdir("hub")
+        Tokenizers.own_files(self)
+        os.chdir("..")
+        for name, content in (("empty", b""), ("short", b"abcdefgh" * 8), ("latin", b"caf\xe9" * 99)):
+            Path(name).write_bytes(content)
+        for argv, saying in (
+                (["--text", "nowhere"], "No such file or directory: 'nowhere'"),
+                (["--text", "empty"], "empty is empty"),
+                (["--text", "short"], "short is too short"),
+                (["--text", "latin"], "latin is no UTF-8 text .*position 3"),
+                (["--limit", 20], "text.txt is too short"),
+                (["--n-embd", 100, "--n-head", 3], "n_embd 100 is not a multiple of n_head 3"),
+                (["--size", "gpt-tiny"], "invalid choice: 'gpt-tiny'"),
+                (["--batch-size", 10, "--grad-accum", 4], "no multiple of --grad-accum"),
+                (["--lr", 0], "--lr: 0 is not a positive number"),
+                (["--dropout", 2], "--dropout: 2 is not between 0 and 1"),
+                (["--warmup", -1], "--warmup: -1 is out of range"),
+                (["--init", "nowhere"], "nowhere is neither gpt2, "),
+                (["--init", "hub", "--n-layer", 2], "leave out --n-layer"),
+                (["--init", "hub", "--block-size", 25], "blocks of at most 24 tokens, not of 25"),
+                (["--init", "hub", "--tokenizer", "char"], "char does not fit --init hub"),
+                (["--init", "few"], "few comes without a tokenizer"),
+                (["--init", "few", "--tokenizer", "char"], "9 tokens and few 5: they do not"),
+                (["--resume", "nowhere"], "last.pt is not there")):
+            with self.subTest(" ".join(map(str, argv))):
+                text = [] if argv[0] in ("--text", "--resume") else ["--text", "text.txt"]
+                self.assert_refused("train", *argv, *text, "--device", "cpu", saying=saying)
+        first = self.train("--max-steps", 1)[0]
+        Path("new.txt").write_text(self.text.replace("a", "z"), encoding="utf-8")
+        self.assert_refused("train", "--init", first, "--text", "new.txt", saying="saw 'z'")
+        Path("text.txt").write_text(self.text[:-1], encoding="utf-8")
+        self.assert_refused("train", "--resume", first, saying="text.txt is not the text that")
+        self.assert_refused("train", "--resume", first, "--lr", "1", saying="leave out --lr")
+        Path("moved.txt").write_text(self.text, encoding="utf-8", newline="")
+        status, _, err = run_main(gpt.main, "train", "--resume", first, "--text", "moved.txt")
+        self.assertEqual(status, 0, err)
+
+    def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(self):
+        with mock.patch.object(gpt.GPT, "init_weights", lambda model: [
+                nn.init.constant_(p, 1e20) for p in model.parameters()]):
+            status, _, err = run_main(gpt.main, "train", "--text", "text.txt", "--max-steps", 20,
+                                      "--device", "cpu")
+        self.assertEqual(status, 2)
+        self.assertRegex(err.splitlines()[-1], "the loss is not finite at step 10: .*last.pt")
+
+    @needs_references
+    def test_fine_tuning_the_reference_model(self):
+        status, out, err = run_main(
+            gpt.main, "train", "--init", Path(REFERENCE_DIR, "gpt2_tiny"), "--tokenizer", "char",
+            "--text", "text.txt", "--device", "cpu", "--max-steps", 20, "--lr", 1e-3)
+        self.assertEqual(status, 0, err)
+        losses = [float(loss) for loss in re.findall(r"\| val ([\d.]+)", out)]
+        model = gpt.GPT.from_pretrained(Path(REFERENCE_DIR, "gpt2_tiny"))
+        tokenizer = gpt.CharTokenizer("\n abcdefg")
+        val = np.array(tokenizer.encode(self.text[4500:]), np.uint16)
+        own, _ = gpt.evaluate(model, val, tokenizer, 4, torch.float32)
+        self.assertAlmostEqual(losses[0], own, places=3)
+        self.assertLess(losses[-1], losses[0] - 1)
+
+
+class GPTProcesses(TemporaryFolder):
+    """Two processes under torchrun, with gloo, beside one."""
+
+    RECORD = """
+import os, sys, torch, gpt
+gradients = []
+clip = torch.nn.utils.clip_grad_norm_
+def record(parameters, *limit):
+    parameters = [*parameters]
+    gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    return clip(parameters, *limit)
+torch.nn.utils.clip_grad_norm_ = record
+gpt.draw_curves = lambda *_: None
+for dtype in (torch.float64, torch.float32):
+    ...
+"""
 
 
 def paste(path, names):
@@ -1841,8 +2169,9 @@ class Resuming:
     are not drawn, which would take most of the time."""
 
     LAUNCH = """
-import torch, common, {0} as script
-common.draw_glyphs = lambda: torch.load("glyphs.pt")
+import pathlib, torch, common, {0} as script
+if pathlib.Path("glyphs.pt").exists():
+    common.draw_glyphs = lambda: torch.load("glyphs.pt")
 for name in [name for name in vars(script) if name.startswith("draw_")]:
     setattr(script, name, lambda *_, **__: None)
 script.main()
@@ -1850,13 +2179,18 @@ script.main()
 
     ARGV = ["--dataset", "glyphs", "--limit", 1500, "--batch-size", 20, "--epochs", 3,
             "--device", "cpu"]
+    RESUME = ["--resume"]
+    LINES = ["epoch   0/3", "epoch   1/3", "epoch   2/3"]  # how those of the evaluations begin
 
     def setUp(self):
         super().setUp()
-        torch.save(GLYPHS, "glyphs.pt")
+        self.prepare()
         drawing = without_pictures(self.module)
         drawing.start()
         self.addCleanup(drawing.stop)
+
+    def prepare(self):
+        torch.save(GLYPHS, "glyphs.pt")
 
     def start(self, *argv):
         code = self.LAUNCH.format(self.module.__name__)
@@ -1882,8 +2216,7 @@ script.main()
     def test_killed_at_five_random_instants_and_resumed_ends_bit_for_bit_the_same(self):
         instants = random.Random(0)
         arguments = [*self.ARGV, "--out-dir", "killed"]
-        for line_before in ("epoch   0/3", "epoch   0/3", "epoch   1/3", "epoch   2/3",
-                            "(VAE|AAE) on"):
+        for line_before in (self.LINES[0], *self.LINES, "(VAE|AAE|GPT) on"):
             process = self.start(*arguments)
             while not re.match(line_before, process.stdout.readline()):
                 self.assertIsNone(process.poll(), f"ended before {line_before!r}")
@@ -1891,10 +2224,10 @@ script.main()
             process.kill()
             process.communicate()
             self.assertEqual(process.returncode, -signal.SIGKILL, "it had ended already")
-            arguments = ["--resume", "killed"]
-        status, out, err = run_main(self.module.main, "--resume", "killed")
+            arguments = [*self.RESUME, "killed"]
+        status, out, err = run_main(self.module.main, *arguments)
         self.assertEqual(status, 0, err)
-        self.assertNotIn("epoch   2/3", out)  # it went on, and did not begin again
+        self.assertNotIn(self.LINES[2], out)  # it went on, and did not begin again
         whole, rows, test = self.whole()
         killed, killed_rows, killed_test = self.read("killed")
         self.assertEqual(whole["step"], killed["step"])
@@ -1905,7 +2238,8 @@ script.main()
                 resumed = killed["optimizer"][name]["state"][i]
                 self.assertEqual(differences(moments, resumed), [])
         for epochs in (rows, killed_rows):
-            self.assertEqual([row["epoch"] for row in epochs], [1, 2, 3])
+            self.assertEqual([row["step"] for row in epochs], [row["step"] for row in rows])
+            self.assertEqual(len(epochs), 3)
         for figures in (test, killed_test):
             del figures["seconds"]
         self.assertEqual(test, killed_test)
@@ -1914,25 +2248,26 @@ script.main()
     def test_ctrl_c_saves_within_the_epoch_and_the_run_goes_on_from_there(self):
         whole, rows, _ = self.whole()
         process = self.start(*self.ARGV, "--out-dir", "stopped")
-        while not process.stdout.readline().startswith("epoch   1/3"):
-            self.assertIsNone(process.poll(), "ended before epoch 1")
+        while not process.stdout.readline().startswith(self.LINES[1]):
+            self.assertIsNone(process.poll(), f"ended before {self.LINES[1]!r}")
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
         self.assertEqual(process.returncode, 130, err)
         self.assertEqual(out.splitlines()[-1].split("go on with: ")[1],
-                         f"python {self.module.__name__}.py --resume stopped")
+                         " ".join(["python", f"{self.module.__name__}.py", *self.RESUME, "stopped"]))
         step = self.last_of("stopped")["step"]
         steps_per_epoch = rows[0]["step"]
         self.assertTrue(steps_per_epoch <= step < 3 * steps_per_epoch, step)
-        status, out, err = run_main(self.module.main, "--resume", "stopped")
+        status, out, err = run_main(self.module.main, *self.RESUME, "stopped")
         self.assertEqual(status, 0, err)
-        self.assertNotIn("epoch   0/3", out)
+        self.assertNotIn(self.LINES[0], out)
         stopped, stopped_rows, _ = self.read("stopped")
         self.assertEqual(differences(whole["model"], stopped["model"]), [])
         for a, b in zip(rows, stopped_rows, strict=True):
             for row in (a, b):
-                del row["seconds"], row["images_per_s"]
+                for speed in {"seconds", "images_per_s", "tokens_per_s"} & row.keys():
+                    del row[speed]
             self.assertEqual(a, b)
 
     @unittest.skipIf(os.name == "nt", "pipes end otherwise there")
@@ -1952,6 +2287,17 @@ class VAEResuming(Resuming, TemporaryFolder):
 class AAEResuming(Resuming, TemporaryFolder):
     module, optimizers = aae, {"autoencoder", "discriminator"}
     ARGV = [*Resuming.ARGV, "--limit", 1200]
+
+
+class GPTResuming(Resuming, TemporaryFolder):
+    module, optimizers = gpt, {"adamw", "muon"}
+    ARGV = ["train", "--text", "text.txt", "--dropout", 0.2, "--n-layer", 2, "--n-embd", 64,
+            "--max-steps", 120, "--eval-every", 40, "--device", "cpu"]
+    RESUME = ["train", "--resume"]
+    LINES = ["step     0/120", "step    40/120", "step    80/120"]
+
+    def prepare(self):
+        write_text("text.txt")
 
 
 class Readme(TemporaryFolder):
