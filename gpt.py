@@ -312,12 +312,10 @@ class GPT(nn.Module):
         """
         path = find_weights(name_or_path)
         config, weights = read_weights(path)
-        if (block_size or 0) > config.block_size:
+        if block_size is not None and block_size > config.block_size:
             raise ValueError(f"{name_or_path} was trained for blocks of at most "
                              f"{config.block_size:,} tokens, not of {block_size:,}")
-        config.block_size, config.dropout = block_size or config.block_size, dropout
-        if "wpe.weight" in weights:
-            weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
+        config.dropout = dropout
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -328,6 +326,9 @@ class GPT(nn.Module):
                 for name in wrong))
         model.to_empty(device="cpu")
         model.load_state_dict(weights)
+        if block_size is not None:
+            model.wpe = nn.Embedding.from_pretrained(model.wpe.weight[:block_size], freeze=False)
+            config.block_size = block_size
         return model.eval()
 
 
@@ -571,8 +572,8 @@ def fetch(url, path):
                 raise ConnectionError("it broke off")
         part.replace(path)
     except (OSError, HTTPException, ValueError) as error:
-        raise ConnectionError(f"{path} is not there and could not be downloaded ({error}): run "
-                              "once online, or put it there") from error
+        raise ConnectionError(f"{path.name} is not in {path.parent} and could not be downloaded "
+                              f"({error}): run once online, or put it there") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -804,7 +805,7 @@ def tokenize(text, tokenizer, folder, block_size):
     return [np.memmap(file, dtype, "r") for file in files]
 
 
-def draw_windows(tokens, number, block_size, seed, step):
+def random_windows(tokens, number, block_size, seed, step):
     """What a step learns from, however many processes share it: windows that begin anywhere in
     `tokens`. -> [number, block_size + 1]"""
     generator = torch.Generator().manual_seed(common.seed_for(seed, step))
@@ -826,30 +827,36 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        shapes = {p.shape: [q for q in matrices if q.shape == p.shape] for p in matrices}
+        super().__init__([{"params": group} for group in shapes.values()],
+                         {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                if "mean" not in self.state[weight]:
-                    self.state[weight]["mean"] = torch.zeros_like(weight)
-                mean = self.state[weight]["mean"].lerp_(weight.grad, 1 - momentum)
-                update = orthogonalize(weight.grad.lerp(mean, momentum))
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
+        for group in self.param_groups:  # all matrices of one shape
+            lr, momentum, weights = group["lr"], group["momentum"], group["params"]
+            gradients = torch.stack([weight.grad for weight in weights])  # [n, rows, columns]
+            state = self.state[weights[0]]
+            if not state:
+                state["mean"] = torch.zeros_like(gradients)
+            state["mean"].lerp_(gradients, 1 - momentum)
+            updates = orthogonalize(gradients.lerp(state["mean"], momentum))
+            scale = 0.2 * math.sqrt(max(weights[0].shape))
+            for weight, update in zip(weights, updates, strict=True):
+                weight.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
 
 
-def orthogonalize(matrix):
-    """U V^T, nearly, for a matrix U S V^T: each step of the iteration (Newton and Schulz) keeps
-    the singular vectors, and brings the singular values nearer to 1."""
-    x = matrix / matrix.norm().clamp(min=1e-7)
-    x = x if x.size(0) <= x.size(1) else x.T  # the products below are then the smaller ones
+def orthogonalize(matrices):
+    """U V^T, nearly, for each matrix U S V^T of [n, rows, columns]: a step of the iteration (Newton
+    and Schulz) keeps the singular vectors, and brings the singular values nearer to 1."""
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x  # [n, less, more], so that the products below are small
+    identity = torch.eye(x.size(1), device=x.device, dtype=x.dtype)
     for _ in range(5):
-        xx = x @ x.T
-        x = 3.4445 * x + (2.0315 * xx @ xx - 4.7750 * xx) @ x
-    return x if x.shape == matrix.shape else x.T
+        xx = x @ x.mT  # [n, less, less]
+        x = (3.4445 * identity - 4.7750 * xx + 2.0315 * xx @ xx) @ x
+    return x.mT if tall else x
 
 
 def learning_rate(step, args):
@@ -905,6 +912,17 @@ def evaluate(model, tokens, tokenizer, batch_size, dtype):
     return nats / n, nats / length / math.log(2)
 
 
+def draw_sample(model, tokenizer, run, step):
+    """200 tokens of the model's own, from the same random numbers every time."""
+    device = model.wte.weight.device
+    generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
+    idx = torch.tensor([[tokenizer.start]], device=device)
+    tokens = model.generate(idx, 200, top_k=40, generator=generator)
+    text = tokenizer.decode(tokens[0, 1:].tolist())
+    common.write_text(run / f"sample_step_{step:06d}.txt", text)
+    print(textwrap.indent(text, "    "), flush=True)
+
+
 def draw_curves(rows, run, heading):
     curves = {name: [row[f"{name}_loss"] for row in rows] for name in ("train", "val")}
     common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token",
@@ -955,15 +973,6 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
             "model": model.state_dict(), "step": step, "val": best,
             "val_bits_per_byte": bits})
 
-    def show_sample():
-        """200 tokens, from the same random numbers every time."""
-        generator = torch.Generator(device).manual_seed(0)
-        idx = torch.tensor([[tokenizer.start]], device=device)
-        tokens = model.generate(idx, 200, top_k=40, generator=generator)
-        text = tokenizer.decode(tokens[0, 1:].tolist())
-        common.write_text(run / f"sample_step_{step:06d}.txt", text)
-        print(textwrap.indent(text, "    "), flush=True)
-
     if rank == 0:
         common.write_metrics(run, rows)
     if step == 0:
@@ -973,7 +982,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
             save_last()
             print(f"step {step:5d}/{args.max_steps} | before       | val {best:.4f} | "
                   f"{bits:.3f} bits/byte", flush=True)
-            show_sample()
+            draw_sample(model, tokenizer, run, step)
 
     with common.StopRequest() as stop:
         while step < args.max_steps:
@@ -988,7 +997,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                         group["lr"] = lr
                 torch.manual_seed(common.seed_for(args.seed, step, 1 + rank))  # of the dropout
 
-                windows = draw_windows(train, args.batch_size, block_size, args.seed, step)
+                windows = random_windows(train, args.batch_size, block_size, args.seed, step)
                 mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
                 loss = torch.zeros((), device=device)
                 for i, part in enumerate(mine.split(part_size), 1):
@@ -1046,7 +1055,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                   f"{1000 * tokens_per_step / tokens_per_s:.1f} ms, {tokens_per_s / 1000:.1f}k "
                   f"tok/s, {flops_per_token(model) * tokens_per_s / peak:.0%} MFU | "
                   f"{seconds:.1f} s", flush=True)
-            show_sample()
+            draw_sample(model, tokenizer, run, step)
             draw_curves(rows, run, heading)
     return rows
 
@@ -1160,13 +1169,6 @@ def train_model(argv):
         state = common.load_checkpoint(run / "last.pt", "gpt.py")
         args = parse_args(argv, state["args"])  # the run's own, but for what is given now
     device, dtype = common.pick_device(args.device, not args.no_amp)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
-    rank, size = process()
-
     if state is None:
         args.defaults = ("init" if args.init != "scratch" else
                          "cuda" if device.type == "cuda" else "cpu")
@@ -1176,10 +1178,16 @@ def train_model(argv):
                 setattr(args, name, value)
         args.lr = args.lr or RATES[args.optimizer] / args.n_embd
         args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (args.grad_accum * size):
         raise common.UserError(f"--batch-size {args.batch_size} is no multiple of --grad-accum "
                                f"{args.grad_accum} times {size}, the number of processes")
-
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
+    rank, _ = process()
     if local_rank > 0:
         add_up(torch.zeros(1))  # wait for the first of this machine, to find what it downloads
     text = read_text(Path(args.text) if args.text else find_text(args.data_dir), args.limit)
