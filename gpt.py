@@ -9,14 +9,21 @@ Multitask Learners"; the Transformer is Vaswani et al., 2017, arXiv:1706.03762).
     It is trained by minimising the mean of -log p(x_t | x_1, ..., x_{t-1}), the cross-entropy in
     nats per token, and writes by drawing x_t from that distribution again and again.
 
+    python gpt.py train                  a small one of your own, from tiny Shakespeare
+    python gpt.py train --init gpt2 --text my.txt
+                                         what OpenAI's GPT-2 makes of your text
+    torchrun --nproc-per-node=8 gpt.py train --text my.txt --tokenizer gpt2 --size gpt2
+                                         the same on 8 processes, each with a GPU
     python gpt.py generate --prompt "Yesterday I went to the" --num-samples 10
                                          what OpenAI's GPT-2 makes of it, ten times
     python gpt.py generate --model gpt2-xl --greedy --prompt "The capital of France is"
                                          a larger model, and always its most probable token
     python gpt.py generate --model DIR --prompt - < prompt.txt
-                                         weights from a folder, a prompt from a file
+                                         weights from a folder or a run, a prompt from a file
 
-OpenAI's weights are downloaded once, into torch's own cache.
+OpenAI's weights are downloaded once, into torch's own cache. A run leaves in its folder, such as
+runs/gpt-tinyshakespeare: args.json, metrics.jsonl (one row an evaluation), last.pt (to resume
+from), best.pt (to generate with), sample_step_....txt, loss.png and test.json (the best figures).
 
 The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
 "Q" (question) refer to it. In the comments on shapes B is the batch size, T the number of tokens
@@ -900,6 +907,7 @@ def evaluate(model, tokens, tokenizer, batch_size, dtype):
     whole = n - n % T  # all but the last, shorter window
     bounds = sorted({*range(0, whole, batch_size * T), whole, n})
     rank, size = process()
+    training = model.training
     model.eval()
     for start, stop in [*itertools.pairwise(bounds)][rank::size]:
         part = torch.from_numpy(tokens[start:stop + 1].astype(np.int64))
@@ -907,7 +915,7 @@ def evaluate(model, tokens, tokenizer, batch_size, dtype):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             _, loss = model(x, y)
         sums += torch.stack([loss * y.numel(), num_bytes[part[1:]].sum().to(device)])
-    model.train()
+    model.train(training)
     nats, length = add_up(sums).tolist()
     return nats / n, nats / length / math.log(2)
 
@@ -1233,17 +1241,17 @@ def train_model(argv):
             for file in getattr(tokenizer, "files", ()):
                 shutil.copy(file, run)
         config, count = model.config, sum(p.numel() for p in model.parameters())
-        floats = 4 * count  # weights, gradients, and two running means of Adam's
+        floats = 4 * count  # weights, gradients and AdamW's two running means
         if args.optimizer == "muon":
             floats -= sum(p.numel() for p in model.h.parameters() if p.dim() == 2)  # it has one
-        print(f"{heading}: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-              f"{count:,} parameters (defaults: {args.defaults}) on {device} in "
-              f"{str(dtype).removeprefix('torch.')}; {size} processes with {4 * floats / 1e6:,.1f} "
-              f"MB for weights, gradients and optimizer; {len(train):,} train, "
-              f"{len(val):,} val tokens of {len(tokenizer):,}; {args.max_steps:,} steps of "
-              f"{args.batch_size} x {config.block_size} tokens, "
-              f"{flops_per_token(model) * args.batch_size * config.block_size / 1e9:,.1f} GFLOP; "
-              f"-> {run}", flush=True)
+        flops = flops_per_token(model) * args.batch_size * config.block_size
+        print(f"{heading}: {count:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
+              f"{config.n_embd} wide; defaults: {args.defaults}) on "
+              f"{f'{size} x ' if size > 1 else ''}{device} in "
+              f"{str(dtype).removeprefix('torch.')}; {4 * floats / 1e6:,.1f} MB of weights, "
+              f"gradients and optimizer on each; {len(train):,} train, {len(val):,} val tokens, "
+              f"{len(tokenizer):,} different; {args.max_steps:,} steps of {args.batch_size} x "
+              f"{config.block_size} tokens, {flops / 1e9:,.1f} GFLOP; -> {run}", flush=True)
     kept = {"config": dataclasses.asdict(model.config), "args": vars(args), "text": text.digest,
             "characters": getattr(tokenizer, "characters", None)}
     rows = fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state)

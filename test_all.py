@@ -1533,8 +1533,9 @@ class GPTTraining(TemporaryFolder):
     def test_a_run_learns_and_leaves_what_the_readme_says(self):
         run, lines, rows = self.train("--max-steps", 60, "--eval-every", 25)
         self.assertEqual(run, Path("runs/gpt-text"))
-        self.assertRegex(lines[0], "^GPT on text.txt, characters: 2 layers, 4 heads, 32 wide, .*"
-                         "defaults: cpu.* 4,500 train, 500 val tokens of 9; 60 steps of 12 x 16 ")
+        self.assertRegex(lines[0], "^GPT on text.txt, characters: .* parameters .2 layers, 4 heads, "
+                         "32 wide; defaults: cpu. on cpu in float32; .* 4,500 train, 500 val "
+                         "tokens, 9 different; 60 steps of 12 x 16 tokens, .* -> runs/gpt-text$")
         self.assertEqual([row["step"] for row in rows], [25, 50, 60])
         self.assertEqual([*rows[0]], ["epoch", "step", "seconds", "tokens_per_s", "train_loss",
                                       "val_loss", "val_bits_per_byte", "lr", "grad_norm"])
@@ -2615,6 +2616,54 @@ def bench_generation(runs=5, number=200):
         print(f"    {name} {statistics.median(rates):.1f}, ratio {ratio(ours, rates)}", flush=True)
 
 
+def bench_training(text, runs=5, steps=100):
+    """A GPT by AdamW, of the size and batch that `gpt.py train` takes on a CPU, beside the same of
+    transformers; and with Muon, its default."""
+    recipe = gpt.RECIPES["cpu"]
+    T, B = recipe["block_size"], recipe["batch_size"]
+
+    def ours(optimizer):
+        with tempfile.TemporaryDirectory() as folder, without_pictures(gpt):
+            status, _, err = run_main(gpt.main, "train", "--text", text, "--out-dir",
+                                      f"{folder}/run", "--max-steps", steps, "--device", "cpu",
+                                      "--limit", 100_000, "--optimizer", optimizer)
+            assert status == 0, err
+            return json.loads(Path(folder, "run/metrics.jsonl").read_text())["tokens_per_s"]
+
+    def theirs():
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=len(characters), n_positions=T, n_embd=recipe["n_embd"],
+            n_layer=recipe["n_layer"], n_head=recipe["n_head"], resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, loss_type="ForCausalLM"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
+
+        def train():
+            for _ in range(steps):
+                starts = torch.randint(len(tokens) - T, (B, 1))
+                x = tokens[starts + torch.arange(T)]
+                model(input_ids=x, labels=x).loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return per_second(steps * B * T, train)
+
+    ways = [lambda: ours("adamw"), lambda: ours("muon")]
+    if find_spec("transformers"):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        content = Path(text).read_text(encoding="utf-8")[:100_000]
+        characters = "".join(sorted(set(content)))
+        tokens = torch.tensor(gpt.CharTokenizer(characters).encode(content))
+        ways.append(theirs)
+    adamw, *others = in_turn(runs, *ways)
+    print(f"training, tokens/s: gpt.py with AdamW {statistics.median(adamw):,.0f}")
+    for name, rates in zip(("gpt.py with Muon", "transformers"), others, strict=False):
+        print(f"    {name} {statistics.median(rates):,.0f}, ratio to the first "
+              f"{ratio(adamw, rates)}", flush=True)
+
+
 ATTENTION = """
 import sys, time, torch, gpt
 import torch.nn.functional as F
@@ -2685,10 +2734,12 @@ def bench(data_dir):
     bench_images(aae, ordinary_aae, data_dir)
     print("share of vae.py's step outside convolutions, matrix products, activations and the loss: "
           f"{overhead_share(data_dir, num_images=6400):.1%}", flush=True)
+    text = Path(data_dir, "tinyshakespeare.txt")
+    bench_training(text if text.exists() else HERE / "README.md")
     bench_generation()
     bench_attention()
     bench_loading()
-    if Path(data_dir, "tinyshakespeare.txt").exists() and Path(data_dir, "gpt2").is_dir():
+    if text.exists() and Path(data_dir, "gpt2").is_dir():
         bench_tokenizer(data_dir)
     else:
         print(f"encoding: not measured without {data_dir}/tinyshakespeare.txt and {data_dir}/gpt2")
