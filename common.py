@@ -48,6 +48,13 @@ def command(script):
             sys.exit(1)
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch's words on a CPU and on a GPU
+            raise
+        reason = str(error).split("\n")[0]
+        print(f"{script}: error: there is not enough memory ({reason}): choose a smaller model or "
+              "--batch-size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -86,7 +93,7 @@ def number(minimum, maximum=float("inf")):
 
 def parse_run_args(parser, argv, run_args):
     """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
-    at again: beside --resume or --eval only --device and --data-dir may be given."""
+    at again: beside --resume or --eval only --device, --data-dir and --text may be given."""
     argv = sys.argv[1:] if argv is None else argv
     run_args = argparse.Namespace(**run_args | {"resume": None, "eval": None}) if run_args else None
     args = parser.parse_args(argv, run_args)
@@ -371,7 +378,8 @@ def new_figure(width, height, title):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize="medium")  # the first line of some titles is long
+    # medium: the first line of some titles is long; parse_math: a file name may hold a $
+    figure.suptitle(title, fontsize="medium", parse_math=False)
     return figure
 
 
@@ -407,7 +415,7 @@ def save_curves(path, title, ylabel, x, curves, levels, xlabel="epoch"):
             axes.axhline(value, color="k", linestyle="--", linewidth=1, label=f"{name} {value:.4f}")
     later = [value for values in curves.values() for value in values[1:] or values]
     later += [value for value in levels.values() if value is not None]
-    margin = 0.05 * (max(later) - min(later))
+    margin = 0.05 * (max(later) - min(later)) or 0.05
     axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

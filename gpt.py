@@ -9,11 +9,11 @@ Multitask Learners"; the Transformer is Vaswani et al., 2017, arXiv:1706.03762).
     It is trained by minimising the mean of -log p(x_t | x_1, ..., x_{t-1}), the cross-entropy in
     nats per token, and writes by drawing x_t from that distribution again and again.
 
-    python gpt.py train                  a small one of your own, from tiny Shakespeare
+    python gpt.py train                  train a small one from nothing, on tiny Shakespeare
     python gpt.py train --init gpt2 --text my.txt
-                                         what OpenAI's GPT-2 makes of your text
+                                         go on training OpenAI's GPT-2, on a text of yours
     torchrun --nproc-per-node=8 gpt.py train --text my.txt --tokenizer gpt2 --size gpt2
-                                         the same on 8 processes, each with a GPU
+                                         train one of its size from nothing, on eight GPUs
     python gpt.py generate --prompt "Yesterday I went to the" --num-samples 10
                                          what OpenAI's GPT-2 makes of it, ten times
     python gpt.py generate --model gpt2-xl --greedy --prompt "The capital of France is"
@@ -23,7 +23,9 @@ Multitask Learners"; the Transformer is Vaswani et al., 2017, arXiv:1706.03762).
 
 OpenAI's weights are downloaded once, into torch's own cache. A run leaves in its folder, such as
 runs/gpt-tinyshakespeare: args.json, metrics.jsonl (one row an evaluation), last.pt (to resume
-from), best.pt (to generate with), sample_step_....txt, loss.png and test.json (the best figures).
+from), best.pt (to generate with), sample_step_....txt, loss.png, test.json (the best figures in
+validation) and GPT-2's tokenizer where it is used; and beside that folder the text as tokens, in
+tokens-....bin, for the next run.
 
 The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
 "Q" (question) refer to it. In the comments on shapes B is the batch size, T the number of tokens
@@ -306,22 +308,18 @@ class GPT(nn.Module):
             idx = torch.cat([idx, token], dim=1)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, block_size=None, dropout=0.0):
+    def from_pretrained(cls, name_or_path, dropout=0.0):
         """A trained model, in evaluation mode, float32 and on the CPU.
 
         name_or_path: one of PRETRAINED, which is downloaded once; or a folder that holds
         config.json with model.safetensors or pytorch_model.bin, or one such file beside its
-        config.json; or the folder of a run of this script. block_size: the first positions alone,
-        if it is to be shorter than it was trained for.
+        config.json; or the folder of a run of this script. dropout: for training it further.
 
         Raises ConnectionError where a download fails, FileNotFoundError for files that are not
         there, and ValueError for files that are damaged or hold another model than this one.
         """
         path = find_weights(name_or_path)
         config, weights = read_weights(path)
-        if block_size is not None and block_size > config.block_size:
-            raise ValueError(f"{name_or_path} was trained for blocks of at most "
-                             f"{config.block_size:,} tokens, not of {block_size:,}")
         config.dropout = dropout
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
@@ -333,10 +331,16 @@ class GPT(nn.Module):
                 for name in wrong))
         model.to_empty(device="cpu")
         model.load_state_dict(weights)
-        if block_size is not None:
-            model.wpe = nn.Embedding.from_pretrained(model.wpe.weight[:block_size], freeze=False)
-            config.block_size = block_size
         return model.eval()
+
+    def crop(self, block_size):
+        """Keep the first `block_size` positions alone. Raises ValueError where there are fewer."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"the model was trained for blocks of at most "
+                             f"{self.config.block_size:,} tokens, not of {block_size:,}")
+        wpe = self.wpe.weight[:block_size].detach().clone()
+        self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
+        self.config.block_size = block_size
 
 
 def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -718,29 +722,35 @@ def add_up(tensor):
     return tensor
 
 
-def find_text(data_dir):
-    """-> the path of tiny Shakespeare, which is downloaded where it is not in `data_dir`; or where
-    that fails, of Python's documentation of itself"""
+def find_text(data_dir, stand_in):
+    """-> the path of tiny Shakespeare, which is downloaded where it is not in `data_dir`
+
+    Where that fails, it is the path of Python's documentation of itself, or without `stand_in`
+    a ConnectionError.
+    """
     path = Path(data_dir, "tinyshakespeare.txt")
     try:
         if not path.exists():
             fetch(SHAKESPEARE, path)
     except ConnectionError as error:
+        if not stand_in:
+            raise
         from pydoc_data.topics import topics
 
         print(f"warning: {error}; this run learns Python's documentation", file=sys.stderr)
         path = path.with_name(STAND_IN)
-        common.write_text(path, "\n".join(topics.values()))
+        if not path.exists():
+            common.write_text(path, "\n".join(topics.values()))
     return path
 
 
 def pieces(file, length, title):
     """Yield the next `length` characters of a text file, a piece at a time.
 
-    The tokens of the pieces are those of the whole, as each piece ends between two words: where a
-    space or a line end follows something else.
+    The tokens of the pieces are those of the whole, as each piece ends before white space that
+    follows something else: within no token is there white space after anything else.
     """
-    between_words = re.compile(f".*[^{WHITE_SPACE}](?=[ \n])", re.DOTALL)
+    before_space = re.compile(f".*[^{WHITE_SPACE}](?=[{WHITE_SPACE}])", re.DOTALL)
     rest = ""
     with tqdm(desc=title, unit=" characters", unit_scale=True, delay=1, leave=False,
               disable=process()[0] > 0 or None) as bar:
@@ -748,7 +758,7 @@ def pieces(file, length, title):
             bar.update(len(new))
             length -= len(new)
             piece = rest + new
-            match = between_words.match(piece)
+            match = before_space.match(piece)
             end = match.end() if match else 0
             yield piece[:end]
             rest = piece[end:]
@@ -760,6 +770,8 @@ def read_text(path, limit):
 
     Raises UserError where there are none, and for what is no UTF-8.
     """
+    if not path.is_file():
+        raise common.UserError(f"{path} is no file: pass that of a UTF-8 text as --text")
     length, characters, digest = 0, set(), hashlib.sha256()
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -790,25 +802,28 @@ def tokenize(text, tokenizer, folder, block_size):
     files = [folder / f"tokens-{key}-{part}.bin" for part in ("train", "val")]
     train_length = int(0.9 * text.length)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    near = next(path for path in files[0].absolute().parents if path.is_dir())
-    with tempfile.TemporaryDirectory(dir=near) as temporary:
-        made = files
-        if not all(file.exists() for file in files):
-            made = [Path(temporary, file.name) for file in files]
-            with open(text.path, encoding="utf-8", newline="") as source:
-                for file, length in zip(made, (train_length, text.length - train_length),
-                                        strict=True):
-                    with open(file, "wb") as target:
-                        for piece in pieces(source, length, "tokenizing"):
-                            target.write(np.array(encode(piece), dtype))
-        train, val = (file.stat().st_size // dtype().itemsize for file in made)
+
+    def check(sources):
+        train, val = (source.stat().st_size // dtype().itemsize for source in sources)
         if train <= block_size or val < 2:
             raise common.UserError(f"{text.path} is too short: with {train:,} tokens to train on "
                                    f"and {val:,} to validate it has no block of {block_size:,} and "
-                                   "the token after it: choose a smaller --block-size")
-        folder.mkdir(parents=True, exist_ok=True)
-        for source, file in zip(made, files, strict=True):
-            os.replace(source, file)
+                                   "the token after it: a smaller --block-size, or more text")
+
+    if not all(file.exists() for file in files):
+        near = next(path for path in files[0].absolute().parents if path.is_dir())
+        with tempfile.TemporaryDirectory(prefix="tokens-", dir=near) as temporary, \
+                open(text.path, encoding="utf-8", newline="") as source:
+            made = [Path(temporary, file.name) for file in files]
+            for part, length in zip(made, (train_length, text.length - train_length), strict=True):
+                with open(part, "wb") as target:
+                    for piece in pieces(source, length, "tokenizing"):
+                        target.write(np.array(encode(piece), dtype))
+            check(made)
+            folder.mkdir(parents=True, exist_ok=True)
+            for part, file in zip(made, files, strict=True):
+                os.replace(part, file)
+    check(files)
     return [np.memmap(file, dtype, "r") for file in files]
 
 
@@ -854,8 +869,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices):
-    """U V^T, nearly, for each matrix U S V^T of [n, rows, columns]: a step of the iteration (Newton
-    and Schulz) keeps the singular vectors, and brings the singular values nearer to 1."""
+    """U V^T, nearly, for each matrix U S V^T of [n, rows, columns]: the five steps (Newton and
+    Schulz's iteration, Jordan's coefficients) leave the singular vectors as they are, and bring
+    most singular values to between 0.7 and 1.2."""
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x  # [n, less, more], so that the products below are small
@@ -870,7 +886,7 @@ def learning_rate(step, args):
     """Up to --lr in the first --warmup steps, then by a cosine down to --min-lr."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / (args.max_steps - args.warmup)  # from 0 to 1
+    progress = (step - args.warmup) / (args.max_steps - args.warmup)  # 0, ..., 1
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -883,7 +899,8 @@ def flops_per_token(model):
 
 
 def matrix_rate(device, dtype):
-    """How many floating-point operations per second a product of large matrices comes to here."""
+    """How many floating-point operations per second a product of large matrices comes to here, of
+    which training's share is its model-FLOPs utilisation (MFU)."""
     n = 1024 if device.type == "cpu" else 8192
     x = torch.ones(n, n, dtype=dtype, device=device)
     seconds = []
@@ -902,21 +919,21 @@ def evaluate(model, tokens, tokenizer, batch_size, dtype):
     different tokenizers can be compared
     """
     device, T, n = model.wte.weight.device, model.config.block_size, len(tokens) - 1
-    num_bytes = torch.tensor([tokenizer.num_bytes(id) for id in range(len(tokenizer))])
-    sums = torch.zeros(2, device=device)  # nats and bytes
+    num_bytes = np.array([tokenizer.num_bytes(id) for id in range(len(tokenizer))])
     whole = n - n % T  # all but the last, shorter window
     bounds = sorted({*range(0, whole, batch_size * T), whole, n})
     rank, size = process()
-    training = model.training
+    nats, length, training = 0.0, 0, model.training
     model.eval()
     for start, stop in [*itertools.pairwise(bounds)][rank::size]:
-        part = torch.from_numpy(tokens[start:stop + 1].astype(np.int64))
-        x, y = (t.view(-1, min(T, stop - start)).to(device) for t in (part[:-1], part[1:]))
+        part = tokens[start:stop + 1]
+        length += num_bytes[part[1:]].sum()
+        part = torch.from_numpy(part.astype(np.int64)).to(device)
+        x, y = (t.view(-1, min(T, stop - start)) for t in (part[:-1], part[1:]))  # [B, T]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, loss = model(x, y)
-        sums += torch.stack([loss * y.numel(), num_bytes[part[1:]].sum().to(device)])
+            nats += model(x, y)[1].item() * y.numel()
     model.train(training)
-    nats, length = add_up(sums).tolist()
+    nats, length = add_up(torch.tensor([nats, length], dtype=torch.float64)).tolist()
     return nats / n, nats / length / math.log(2)
 
 
@@ -976,17 +993,22 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "step": step, "seconds": seconds, "best": best, "rows": rows, "sums": sums})
 
-    def save_best():
+    def save_best(bits):
         common.save_checkpoint(run / "best.pt", kept | {
-            "model": model.state_dict(), "step": step, "val": best,
-            "val_bits_per_byte": bits})
+            "model": model.state_dict(), "step": step, "val": best, "val_bits_per_byte": bits})
 
-    if rank == 0:
-        common.write_metrics(run, rows)
+    def check_finite(loss):
+        if not math.isfinite(loss):
+            raise common.UserError(
+                f"the loss is not finite at step {step}: start again with a lower --lr "
+                f"({run / 'last.pt'} keeps the last good model)")
+
     if step == 0:
         best, bits = evaluate(model, val, tokenizer, part_size, dtype)
-        if rank == 0:
-            save_best()
+    if rank == 0:
+        common.write_metrics(run, rows)
+        if step == 0:
+            save_best(bits)
             save_last()
             print(f"step {step:5d}/{args.max_steps} | before       | val {best:.4f} | "
                   f"{bits:.3f} bits/byte", flush=True)
@@ -1003,7 +1025,8 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                torch.manual_seed(common.seed_for(args.seed, step, 1 + rank))  # of the dropout
+                # The seed of this step's dropout, which differs from that of its windows.
+                torch.manual_seed(common.seed_for(args.seed, step, 1 + rank))
 
                 windows = random_windows(train, args.batch_size, block_size, args.seed, step)
                 mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
@@ -1024,15 +1047,13 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 scaler.update()
 
                 loss = add_up(loss) / size
-                sums += torch.stack([loss, norm])  # read once, below
+                # The norm is infinite where float16 overflowed, and the scaler left the step out.
+                sums += torch.stack([loss, norm.nan_to_num(posinf=0)])  # read once, below
                 step += 1
                 if step % 10 == 0:  # not each time: to read the loss is to wait for the device
                     bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
-                    if not loss.isfinite():
-                        raise common.UserError(
-                            f"the loss is not finite at step {step}: start again with a lower "
-                            f"--lr ({run / 'last.pt'} keeps the last good model)")
-                if add_up(torch.tensor(float(stop.asked))) and step < until:
+                    check_finite(loss.item())
+                if add_up(torch.tensor(float(stop.asked))):  # so all stop at the same step
                     bar.close()
                     seconds += time.perf_counter() - began
                     if rank == 0:
@@ -1040,31 +1061,33 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                         print(f"stopped after step {step}; go on with: "
                               f"python gpt.py train --resume {run}", flush=True)
                     sys.exit(130)
+            elapsed, done = time.perf_counter() - began, step - resumed_at
             since = rows[-1]["step"] if rows else 0
             train_loss, grad_norm = (sums / (step - since)).tolist()
             sums.zero_()
-            tokens_per_s = tokens_per_step * (step - resumed_at) / (time.perf_counter() - began)
+            tokens_per_s = tokens_per_step * done / elapsed
             val_loss, bits = evaluate(model, val, tokenizer, part_size, dtype)
+            check_finite(train_loss + val_loss)
             seconds += time.perf_counter() - began
             rows.append({
                 "epoch": round(step * tokens_per_step / len(train), 3), "step": step,
                 "seconds": round(seconds, 2), "tokens_per_s": round(tokens_per_s),
                 "train_loss": train_loss, "val_loss": val_loss, "val_bits_per_byte": bits,
-                "lr": lr, "grad_norm": grad_norm})
-            improved, best = val_loss < best, min(val_loss, best)
-            if rank > 0:
-                continue
-            if improved:
-                save_best()
-            save_last()
-            common.write_metrics(run, rows)
-            print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
-                  f"val {val_loss:.4f} | {bits:.3f} bits/byte | lr {lr:.1e} norm {grad_norm:.2f} | "
-                  f"{1000 * tokens_per_step / tokens_per_s:.1f} ms, {tokens_per_s / 1000:.1f}k "
-                  f"tok/s, {flops_per_token(model) * tokens_per_s / peak:.0%} MFU | "
-                  f"{seconds:.1f} s", flush=True)
-            draw_sample(model, tokenizer, run, step)
-            draw_curves(rows, run, heading)
+                "lr": learning_rate(step - 1, args), "grad_norm": grad_norm})
+            improved, best = val_loss < best, min(best, val_loss)
+            if rank == 0:
+                if improved:
+                    save_best(bits)
+                save_last()
+                common.write_metrics(run, rows)
+                print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
+                      f"val {val_loss:.4f} | {bits:.3f} bits/byte | "
+                      f"lr {rows[-1]['lr']:.1e} norm {grad_norm:.2f} | "
+                      f"{1000 * elapsed / max(done, 1):.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
+                      f"{flops_per_token(model) * tokens_per_s / peak:.0%} MFU | {seconds:.1f} s",
+                      flush=True)
+                draw_sample(model, tokenizer, run, step)
+                draw_curves(rows, run, heading)
     return rows
 
 
@@ -1169,9 +1192,9 @@ def find_tokenizer(args, characters):
     return BPETokenizer(*(folder / file for file in TOKENIZER_FILES))
 
 
-def train_model(argv):
+def train_model(args, argv):
     """The `train` command; under torchrun each process runs it."""
-    args, state = parse_args(argv), None
+    state = None
     if args.resume is not None:
         run = Path(args.resume)
         state = common.load_checkpoint(run / "last.pt", "gpt.py")
@@ -1193,12 +1216,18 @@ def train_model(argv):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if size > 1:
         if device.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise common.UserError(f"there are {torch.cuda.device_count()} GPUs here: choose "
+                                       "--nproc-per-node accordingly")
             torch.cuda.set_device(local_rank)
         dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
     rank, _ = process()
+    # A barrier, to which the first process of a machine comes last: when it has downloaded and
+    # tokenized what the others then find.
     if local_rank > 0:
-        add_up(torch.zeros(1))  # wait for the first of this machine, to find what it downloads
-    text = read_text(Path(args.text) if args.text else find_text(args.data_dir), args.limit)
+        add_up(torch.zeros(1))
+    path = args.text or find_text(args.data_dir, stand_in=state is None)
+    text = read_text(Path(path), args.limit)
     if state and state["text"] != text.digest:
         raise common.UserError(f"{text.path} is not the text that {run} began with: give that one "
                                "as --text")
@@ -1218,14 +1247,14 @@ def train_model(argv):
             model = GPT(GPTConfig(len(tokenizer), args.block_size, args.n_layer, args.n_head,
                                   args.n_embd, args.dropout))
         else:
-            config, _ = read_weights(find_weights(args.init))
-            args.block_size = args.block_size or min(config.block_size, 256)
-            model = GPT.from_pretrained(args.init, args.block_size, args.dropout).train()
+            model = GPT.from_pretrained(args.init, args.dropout).train()
+            args.block_size = args.block_size or min(model.config.block_size, 256)
+            model.crop(args.block_size)
             tokenizer = find_tokenizer(args, text.characters)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and {args.init} "
                              f"{model.config.vocab_size:,}: they do not belong together")
-        train, val = tokenize(text, tokenizer, run.parent, args.block_size)
+        train, val = tokenize(text, tokenizer, run.absolute().parent, args.block_size)
     except ValueError as error:
         raise common.UserError(error) from error
     if local_rank == 0:
@@ -1251,7 +1280,7 @@ def train_model(argv):
               f"{str(dtype).removeprefix('torch.')}; {4 * floats / 1e6:,.1f} MB of weights, "
               f"gradients and optimizer on each; {len(train):,} train, {len(val):,} val tokens, "
               f"{len(tokenizer):,} different; {args.max_steps:,} steps of {args.batch_size} x "
-              f"{config.block_size} tokens, {flops / 1e9:,.1f} GFLOP; -> {run}", flush=True)
+              f"{config.block_size} tokens, {flops / 1e9:,.1f} GFLOP each; -> {run}", flush=True)
     kept = {"config": dataclasses.asdict(model.config), "args": vars(args), "text": text.digest,
             "characters": getattr(tokenizer, "characters", None)}
     rows = fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state)
@@ -1388,7 +1417,7 @@ def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # not everywhere the default, as on Windows
     args = parse_args(argv)
-    train_model(argv) if args.command == "train" else write_samples(args)
+    train_model(args, argv) if args.command == "train" else write_samples(args)
 
 
 if __name__ == "__main__":

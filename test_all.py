@@ -1421,13 +1421,15 @@ class GPTText(TemporaryFolder):
         with mock.patch.object(gpt, "SHAKESPEARE", f"{server}/input.txt"), \
                 contextlib.redirect_stderr(err):
             for _ in range(2):
-                path = gpt.find_text("data")
+                path = gpt.find_text("data", stand_in=False)
         self.assertEqual((str(path), path.read_text()), ("data/tinyshakespeare.txt",
                                                          "First Citizen:\n"))
         self.assertEqual(set(asked), {"input.txt"})
         with mock.patch.object(gpt, "SHAKESPEARE", "http://localhost:1/input.txt"), \
                 contextlib.redirect_stderr(err):
-            path = gpt.find_text("elsewhere")
+            with self.assertRaises(ConnectionError):
+                gpt.find_text("elsewhere", stand_in=False)
+            path = gpt.find_text("elsewhere", stand_in=True)
         self.assertIn("could not be downloaded", err.getvalue())
         self.assertEqual(path.name, "python-topics.txt")
         self.assertGreater(gpt.read_text(path, None).length, 100_000)
@@ -1533,8 +1535,8 @@ class GPTTraining(TemporaryFolder):
     def test_a_run_learns_and_leaves_what_the_readme_says(self):
         run, lines, rows = self.train("--max-steps", 60, "--eval-every", 25)
         self.assertEqual(run, Path("runs/gpt-text"))
-        self.assertRegex(lines[0], "^GPT on text.txt, characters: .* parameters .2 layers, 4 heads, "
-                         "32 wide; defaults: cpu. on cpu in float32; .* 4,500 train, 500 val "
+        self.assertRegex(lines[0], "^GPT on text.txt, characters: .* .2 layers, 4 heads, 32 wide; "
+                         "defaults: cpu. on cpu in float32; .* 4,500 train, 500 val "
                          "tokens, 9 different; 60 steps of 12 x 16 tokens, .* -> runs/gpt-text$")
         self.assertEqual([row["step"] for row in rows], [25, 50, 60])
         self.assertEqual([*rows[0]], ["epoch", "step", "seconds", "tokens_per_s", "train_loss",
@@ -1565,6 +1567,26 @@ class GPTTraining(TemporaryFolder):
             self.assertIn(textwrap.indent(sample, "    "), out)
         self.assertGreater(Path("runs/gpt-text/loss.png").stat().st_size, 1000)
 
+    def test_ctrl_c_at_a_step_that_is_validated_stops_the_run_and_resumes(self):
+        asked = mock.patch.object(common.StopRequest, "asked", True, create=True)
+        entered = mock.patch.object(common.StopRequest, "__enter__", lambda stop: stop)
+        whole = self.train("--max-steps", 3, "--eval-every", 1)[2]
+        for step in (1, 2):
+            argv = (["--text", "text.txt", "--max-steps", 3, "--eval-every", 1, "--n-layer", 2,
+                     "--n-embd", 32, "--block-size", 16, "--out-dir", "stopped"] if step == 1 else
+                    ["--resume", "stopped"])
+            with asked, entered, mock.patch.object(common.StopRequest, "__exit__",
+                                                   lambda *_: None):
+                status, out, _ = run_main(gpt.main, "train", *argv, "--device", "cpu")
+            self.assertEqual(status, 130)
+            self.assertIn(f"stopped after step {step};", out)
+        status, out, err = run_main(gpt.main, "train", "--resume", "stopped")
+        self.assertEqual(status, 0, err)
+        rows = [json.loads(line) for line in Path("stopped/metrics.jsonl").read_text().splitlines()]
+        for a, b in zip(whole, rows, strict=True):
+            for name in ("step", "train_loss", "val_loss", "lr", "grad_norm"):
+                self.assertEqual(a[name], b[name])
+
     def test_a_second_run_gets_a_folder_of_its_own_and_the_same_weights(self):
         runs = [self.train("--max-steps", 3, "--dropout", 0.1)[0] for _ in range(2)]
         self.assertEqual([run.name for run in runs], ["gpt-text", "gpt-text-2"])
@@ -1586,7 +1608,8 @@ class GPTTraining(TemporaryFolder):
         os.chdir("..")
         first = self.train("--max-steps", 30)[0]
         for init in ("hub", first):
-            model, tokenizer = gpt.GPT.from_pretrained(init, 16), gpt.load_tokenizer(init)
+            model, tokenizer = gpt.GPT.from_pretrained(init), gpt.load_tokenizer(init)
+            model.crop(16)
             val = np.array(tokenizer.encode(self.text[4500:]), np.uint16)
             own, _ = gpt.evaluate(model, val, tokenizer, 4, torch.float32)
             status, out, err = run_main(
@@ -1615,7 +1638,9 @@ class GPTTraining(TemporaryFolder):
                               ("latin", b"caf\xe9" * 99)):
             Path(name).write_bytes(content)
         for argv, saying in (
-                (["--text", "nowhere"], "No such file or directory: 'nowhere'"),
+                (["--text", "nowhere"], "nowhere is no file"),
+                (["--text", "hub"], "hub is no file"),
+                (["--block-size", 10**15], "there is not enough memory"),
                 (["--text", "empty"], "empty is empty"),
                 (["--text", "short"], "short is too short"),
                 (["--text", "latin"], "latin is no UTF-8 text .*position 3"),
@@ -1652,6 +1677,7 @@ class GPTTraining(TemporaryFolder):
         self.assertEqual(status, 2)
         self.assertRegex(err.splitlines()[-1], "the loss is not finite at step 10: .*last.pt")
         self.assertEqual(common.load_checkpoint(Path("runs/gpt-text/last.pt"), "gpt.py")["step"], 0)
+        self.assertEqual(Path("runs/gpt-text/metrics.jsonl").read_text(), "")
 
     @needs_references
     def test_fine_tuning_the_reference_model(self):
