@@ -1049,7 +1049,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 loss = add_up(loss) / size
                 # The norm is infinite where float16 overflowed, and the scaler left the step out.
                 sums += torch.stack([loss, norm.nan_to_num(posinf=0)])  # read once, below
-                step += 1
+                step += 1  # from here on, how many are done
                 if step % 10 == 0:  # not each time: to read the loss is to wait for the device
                     bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
                     check_finite(loss.item())
@@ -1157,7 +1157,7 @@ def write_samples(args):
 # small steps.
 RECIPES = {
     "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
-            "dropout": 0.0, "optimizer": "muon", "max_steps": 2000, "eval_every": 250},
+            "dropout": 0.0, "optimizer": "muon", "max_steps": 2000, "eval_every": 400},
     "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
              "dropout": 0.2, "optimizer": "adamw", "max_steps": 5000, "eval_every": 250},
     "init": {"batch_size": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 5e-5,

@@ -1497,6 +1497,16 @@ class GPTTraining(TemporaryFolder):
             b.step()
         self.assertLess((ours - theirs).norm(), 0.01 * (ours - before).norm())  # it has bfloat16
 
+    def test_muon_runs_when_pasted_with_torch_alone(self):
+        pasted = paste(HERE / "gpt.py", ["Muon", "orthogonalize"])
+        weight = nn.Parameter(torch.eye(3))
+        optimizer = pasted["Muon"]([weight], lr=0.1, weight_decay=0.0)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (weight - 2 * torch.eye(3)).square().sum().backward()
+            optimizer.step()
+        self.assertLess((weight - 2 * torch.eye(3)).abs().max(), 0.2)
+
     def test_the_learning_rate_rises_and_follows_a_cosine(self):
         args = gpt.parse_args(["train", "--lr", "1", "--min-lr", "0.1", "--warmup", "10",
                                "--max-steps", "110"])
