@@ -748,7 +748,8 @@ def pieces(file, length, title):
     """Yield the next `length` characters of a text file, a piece at a time.
 
     The tokens of the pieces are those of the whole, as each piece ends before white space that
-    follows something else: within no token is there white space after anything else.
+    follows something else: within no token is there white space after anything else. (Where there
+    is no such place, a piece grows.)
     """
     before_space = re.compile(f".*[^{WHITE_SPACE}](?=[{WHITE_SPACE}])", re.DOTALL)
     rest = ""
@@ -806,9 +807,9 @@ def tokenize(text, tokenizer, folder, block_size):
     def check(sources):
         train, val = (source.stat().st_size // dtype().itemsize for source in sources)
         if train <= block_size or val < 2:
-            raise common.UserError(f"{text.path} is too short: with {train:,} tokens to train on "
-                                   f"and {val:,} to validate it has no block of {block_size:,} and "
-                                   "the token after it: a smaller --block-size, or more text")
+            raise common.UserError(f"{text.path} is too short: it has {train:,} tokens to train on "
+                                   f"and {val:,} to validate, and needs more than {block_size:,} "
+                                   "(--block-size) and 1")
 
     if not all(file.exists() for file in files):
         near = next(path for path in files[0].absolute().parents if path.is_dir())
@@ -845,7 +846,7 @@ class Muon(torch.optim.Optimizer):
     (Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as large as Adam's are, so that
     it takes the same learning rates (Liu et al., 2025, arXiv:2502.16982).
 
-    torch.optim.Muon computes in bfloat16, which many CPUs only emulate, and take 20 times as long.
+    torch.optim.Muon computes in bfloat16: 20 times as long on the many CPUs that only emulate it.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
@@ -886,13 +887,13 @@ def learning_rate(step, args):
     """Up to --lr in the first --warmup steps, then by a cosine down to --min-lr."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / (args.max_steps - args.warmup)  # 0, ..., 1
+    progress = (step - args.warmup) / (args.max_steps - args.warmup)  # from 0 to almost 1
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def flops_per_token(model):
-    """Of a training step: 6 for each weight of a matrix product (2 forward, 4 backward) and 12 T C
-    for each layer's attention (Chowdhery et al., 2022, arXiv:2204.02311, Appendix B)."""
+    """Of a training step: 6 for each parameter but wpe (2 forward, 4 backward), and 12 T C for each
+    layer's attention (Chowdhery et al., 2022, arXiv:2204.02311, Appendix B)."""
     weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
     config = model.config
     return 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
@@ -902,7 +903,7 @@ def matrix_rate(device, dtype):
     """How many floating-point operations per second a product of large matrices comes to here, of
     which training's share is its model-FLOPs utilisation (MFU)."""
     n = 1024 if device.type == "cpu" else 8192
-    x = torch.ones(n, n, dtype=dtype, device=device)
+    x = torch.randn(n, n, dtype=dtype, device=device)
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
@@ -962,7 +963,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
     """
     device, block_size = model.wte.weight.device, model.config.block_size
     rank, size = process()
-    net = model  # or its view whose backward pass averages the gradients of all processes
+    net = model  # or a wrapper of it, whose backward pass averages the gradients of all processes
     if size > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     matrices = [p for p in model.parameters() if p.dim() == 2]  # the first two: wte and wpe
@@ -1015,12 +1016,12 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
             draw_sample(model, tokenizer, run, step)
 
     with common.StopRequest() as stop:
-        while step < args.max_steps:
+        while not rows or rows[-1]["step"] < args.max_steps:
             began, resumed_at = time.perf_counter(), step
             until = min((len(rows) + 1) * args.eval_every, args.max_steps)
             bar = tqdm(range(step, until), f"step {until}/{args.max_steps}", unit=" tok",
                        unit_scale=tokens_per_step, leave=False, disable=rank > 0 or None)
-            for step in bar:
+            for _ in bar:
                 lr = learning_rate(step, args)
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
@@ -1032,8 +1033,8 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
                 loss = torch.zeros((), device=device)
                 for i, part in enumerate(mine.split(part_size), 1):
-                    exchange = size == 1 or i == args.grad_accum  # the processes their gradients
-                    with contextlib.nullcontext() if exchange else net.no_sync():
+                    average = size == 1 or i == args.grad_accum  # over the processes, at last
+                    with contextlib.nullcontext() if average else net.no_sync():
                         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                             part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
                         scaler.scale(part_loss).backward()
@@ -1042,14 +1043,14 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                     scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
                 for optimizer in optimizers.values():
-                    scaler.step(optimizer)
+                    if not scaler.is_enabled() or norm.isfinite():  # float16 may have overflowed
+                        scaler.step(optimizer)
                     optimizer.zero_grad()
                 scaler.update()
 
                 loss = add_up(loss) / size
-                # The norm is infinite where float16 overflowed, and the scaler left the step out.
                 sums += torch.stack([loss, norm.nan_to_num(posinf=0)])  # read once, below
-                step += 1  # from here on, how many are done
+                step += 1
                 if step % 10 == 0:  # not each time: to read the loss is to wait for the device
                     bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
                     check_finite(loss.item())
@@ -1060,6 +1061,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                         save_last()
                         print(f"stopped after step {step}; go on with: "
                               f"python gpt.py train --resume {run}", flush=True)
+                    add_up(torch.zeros(1))  # none ends before the run is saved
                     sys.exit(130)
             elapsed, done = time.perf_counter() - began, step - resumed_at
             since = rows[-1]["step"] if rows else 0
@@ -1259,6 +1261,9 @@ def train_model(args, argv):
         raise common.UserError(error) from error
     if local_rank == 0:
         add_up(torch.zeros(1))
+    number = int(text.digest[:12], 16)
+    if add_up(torch.tensor(number)) != size * number:
+        raise common.UserError(f"{text.path} is not the same text on every machine")
 
     model.to(device)
     kind = "characters" if isinstance(tokenizer, CharTokenizer) else "GPT-2's tokens"

@@ -1581,7 +1581,7 @@ class GPTTraining(TemporaryFolder):
         asked = mock.patch.object(common.StopRequest, "asked", True, create=True)
         entered = mock.patch.object(common.StopRequest, "__enter__", lambda stop: stop)
         whole = self.train("--max-steps", 3, "--eval-every", 1)[2]
-        for step in (1, 2):
+        for step in (1, 2, 3):
             argv = (["--text", "text.txt", "--max-steps", 3, "--eval-every", 1, "--n-layer", 2,
                      "--n-embd", 32, "--block-size", 16, "--out-dir", "stopped"] if step == 1 else
                     ["--resume", "stopped"])
@@ -2652,31 +2652,30 @@ def bench_generation(runs=5, number=200):
         print(f"    {name} {statistics.median(rates):.1f}, ratio {ratio(ours, rates)}", flush=True)
 
 
-def bench_training(text, runs=5, steps=100):
-    """A GPT by AdamW, of the size and batch that `gpt.py train` takes on a CPU, beside the same of
-    transformers; and with Muon, its default."""
+def bench_training(text, runs=11, steps=100):
+    """A GPT of the size and batch that `gpt.py train` takes on a CPU, by AdamW, beside the same of
+    transformers."""
     recipe = gpt.RECIPES["cpu"]
     T, B = recipe["block_size"], recipe["batch_size"]
 
-    def ours(optimizer):
+    def ours():
         with tempfile.TemporaryDirectory() as folder, without_pictures(gpt):
-            status, _, err = run_main(gpt.main, "train", "--text", text, "--out-dir",
-                                      f"{folder}/run", "--max-steps", steps, "--device", "cpu",
-                                      "--limit", 100_000, "--optimizer", optimizer)
+            status, _, err = run_main(gpt.main, "train", "--text", text, "--limit", 100_000,
+                                      "--max-steps", steps, "--device", "cpu", "--optimizer",
+                                      "adamw", "--out-dir", f"{folder}/run")
             assert status == 0, err
             return json.loads(Path(folder, "run/metrics.jsonl").read_text())["tokens_per_s"]
 
     def theirs():
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=len(characters), n_positions=T, n_embd=recipe["n_embd"],
+            vocab_size=len(tokenizer), n_positions=T, n_embd=recipe["n_embd"],
             n_layer=recipe["n_layer"], n_head=recipe["n_head"], resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, loss_type="ForCausalLM"))
+            attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
 
         def train():
             for _ in range(steps):
-                starts = torch.randint(len(tokens) - T, (B, 1))
-                x = tokens[starts + torch.arange(T)]
+                x = tokens[torch.randint(len(tokens) - T, (B, 1)) + torch.arange(T)]
                 model(input_ids=x, labels=x).loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -2684,20 +2683,47 @@ def bench_training(text, runs=5, steps=100):
 
         return per_second(steps * B * T, train)
 
-    ways = [lambda: ours("adamw"), lambda: ours("muon")]
-    if find_spec("transformers"):
-        import transformers
+    if not find_spec("transformers"):
+        print(f"training, tokens/s: gpt.py {ours():,}")
+        return
+    import transformers
 
-        transformers.logging.set_verbosity_error()
-        content = Path(text).read_text(encoding="utf-8")[:100_000]
-        characters = "".join(sorted(set(content)))
-        tokens = torch.tensor(gpt.CharTokenizer(characters).encode(content))
-        ways.append(theirs)
-    adamw, *others = in_turn(runs, *ways)
-    print(f"training, tokens/s: gpt.py with AdamW {statistics.median(adamw):,.0f}")
-    for name, rates in zip(("gpt.py with Muon", "transformers"), others, strict=False):
-        print(f"    {name} {statistics.median(rates):,.0f}, ratio to the first "
-              f"{ratio(adamw, rates)}", flush=True)
+    transformers.logging.set_verbosity_error()
+    content = Path(text).read_text(encoding="utf-8")[:100_000]
+    tokenizer = gpt.CharTokenizer("".join(sorted(set(content))))
+    tokens = torch.tensor(tokenizer.encode(content))
+    ours, theirs = in_turn(runs, ours, theirs)
+    print(f"training, tokens/s: gpt.py {statistics.median(ours):,.0f}, transformers "
+          f"{statistics.median(theirs):,.0f}, ratio {ratio(ours, theirs)}", flush=True)
+
+
+def bench_memory(T=1024):
+    """What training takes on each process, counted on tensors without values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        kept = {}
+
+        def count(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+            return tensor
+
+        with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            model = gpt.GPT(gpt.GPTConfig(50257, T, *gpt.SIZES[size]))
+            x = torch.zeros(1, T + 1, dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x[:, :-1], x[:, 1:])
+        weights = [p.untyped_storage() for p in model.parameters()]
+        parameters = sum(p.numel() for p in model.parameters())
+        copies = 2 * (sum(p.numel() for p in model.parameters() if p.dim() == 2)
+                      - model.wpe.weight.numel())
+        rest = sum(storage.nbytes() for storage in kept.values()) - copies - sum(
+            w.nbytes() for w in weights if w._cdata in kept)
+        print(f"training {size}: {16 * parameters / 1e9:.2f} GB for weights, gradients and AdamW, "
+              f"{copies / 1e9:.2f} GB for bfloat16 copies, {rest / 1e9:.2f} GB and "
+              f"{gpt.flops_per_token(model) * T / 1e12:.2f} TFLOP for each sequence of {T:,} "
+              "tokens", flush=True)
 
 
 ATTENTION = """
@@ -2772,6 +2798,7 @@ def bench(data_dir):
           f"{overhead_share(data_dir, num_images=6400):.1%}", flush=True)
     text = Path(data_dir, "tinyshakespeare.txt")
     bench_training(text if text.exists() else HERE / "README.md")
+    bench_memory()
     bench_generation()
     bench_attention()
     bench_loading()
