@@ -1349,7 +1349,8 @@ def parse_args(argv=None, run_args=None):
         return "default: " + ", ".join(
             f"{recipe[name]} for {key}" for key, recipe in RECIPES.items() if name in recipe)
 
-    group = trainer.add_argument_group("text and model")
+    group = trainer.add_argument_group("text and model", "In the defaults init stands for a model "
+                                       "from --init, and cpu for mps, too.")
     group.add_argument("--text", metavar="FILE", help="any UTF-8 text, of which the last 10%% "
                        "validate (default: tiny Shakespeare, downloaded once)")
     group.add_argument("--tokenizer", choices=["char", "gpt2"], help="a token for each character, "
