@@ -1211,6 +1211,7 @@ def train_model(args, argv):
                 setattr(args, name, value)
         args.lr = args.lr or RATES[args.optimizer] / args.n_embd
         args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
+
     size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (args.grad_accum * size):
         raise common.UserError(f"--batch-size {args.batch_size} is no multiple of --grad-accum "
@@ -1224,6 +1225,7 @@ def train_model(args, argv):
             torch.cuda.set_device(local_rank)
         dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
     rank, _ = process()
+
     # A barrier, to which the first process of a machine comes last: when it has downloaded and
     # tokenized what the others then find.
     if local_rank > 0:
