@@ -52,13 +52,14 @@ import gpt
 import vae
 
 HERE = Path(__file__).parent
-DATA_DIR = os.environ.get("DATA_DIR", "")
+# Absolute, as each test runs in a folder of its own; "" where there is none.
+DATA_DIR, REFERENCE_DIR = (os.environ.get(name) and os.path.abspath(os.environ[name]) or ""
+                           for name in ("DATA_DIR", "REFERENCE_DIR"))
 needs_mnist = unittest.skipUnless(Path(DATA_DIR, "MNIST/raw").is_dir(),
                                   "DATA_DIR names no folder with MNIST in it")
 GPT2_FILES = [Path(DATA_DIR, "gpt2", name) for name in ("vocab.json", "merges.txt")]
 needs_gpt2_files = unittest.skipUnless(GPT2_FILES[0].is_file(),
                                        "DATA_DIR names no folder with GPT-2's tokenizer in it")
-REFERENCE_DIR = os.environ.get("REFERENCE_DIR", "")
 needs_references = unittest.skipUnless(Path(REFERENCE_DIR, "gpt2_tiny").is_dir(),
                                        "REFERENCE_DIR names no folder with references in it")
 needs_transformers = unittest.skipUnless(find_spec("transformers"), "transformers is not installed")
