@@ -2,7 +2,7 @@
 
     python test_all.py             all of them, without a network
     python test_all.py -k resume   those with "resume" in their name
-    python test_all.py --bench     images/s beside the ordinary way of doing the same work
+    python test_all.py --bench     speed and memory, beside other ways of doing the same work
 
 DATA_DIR names a folder with the real MNIST (MNIST/raw/...) and GPT-2's tokenizer (gpt2/vocab.json
 and merges.txt, and its weights if they are at hand), REFERENCE_DIR one with what other
