@@ -175,7 +175,7 @@ class AdversarialAE(nn.Module):
         distributed as the prior, the best possible loss is ln 2 and the accuracy 0.5.
         """
         prior = torch.randn_like(z)
-        real, fake = self.discriminator(prior), self.discriminator(z)  # [B, 1] each
+        real, fake = self.discriminator(torch.cat([prior, z])).chunk(2)  # [B, 1] each
         # The mean of Equations 17 and 16; the latter is printed with (1 - log D), a misprint for
         # the log(1 - D) of Equation 15. With a logit a, log(1 - sigmoid(a)) = log sigmoid(-a).
         loss = -(F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean()) / 2
@@ -399,7 +399,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
                 scale = min(progress / 0.1, (1 - progress) / 0.9)
                 ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
                 d_optimizer.param_groups[0]["lr"] = args.d_lr * scale
-                torch.manual_seed(common.seed_for(args.seed, step))  # of this step's noise
+                common.seed_step(device, args.seed, step)  # its noise
                 x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
                 # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
@@ -410,17 +410,17 @@ def fit(model, data, args, run, dtype, heading, state=None):
                 with autocast:
                     recon, z = model(x)
                     loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
-                ae_optimizer.zero_grad()
-                scaler.scale(loss).backward()
+                scaler.scale(loss).backward(inputs=autoencoder)  # none for the discriminator
                 scaler.step(ae_optimizer)
+                ae_optimizer.zero_grad()
 
                 # -- Phase 2, discriminator: tell these codes from draws of the prior -------------
                 if adversarial:
                     with autocast:
                         disc, accuracy = model.discriminator_loss(z.detach())
-                    d_optimizer.zero_grad()  # phase 1 has left gradients here too
                     scaler.scale(disc).backward()
                     scaler.step(d_optimizer)
+                    d_optimizer.zero_grad()
                 scaler.update()
 
                 parts = [rec, gen, disc, accuracy] if adversarial else [rec]

@@ -1026,8 +1026,8 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                # The seed of this step's dropout, which differs from that of its windows.
-                torch.manual_seed(common.seed_for(args.seed, step, 1 + rank))
+                # For this step's dropout; its windows have a seed of their own.
+                common.seed_step(device, args.seed, step, 1 + rank)
 
                 windows = random_windows(train, args.batch_size, block_size, args.seed, step)
                 mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]

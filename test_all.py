@@ -2174,7 +2174,8 @@ class AAECommandLine(CommandLine, TemporaryFolder):
     def test_codes_come_to_the_prior_where_they_are_asked_to_and_only_there(self):
         tests = {}
         for lam in (0.995, 1):
-            run = self.train("--limit", 2500, "--batch-size", 32, "--epochs", 3, "--lam", lam)
+            run = self.train("--limit", 2500, "--batch-size", 32, "--epochs", 3, "--d-lr", 1e-3,
+                             "--lam", lam)
             tests[lam] = json.loads(Path(run, "test.json").read_text())
             self.assertLess(tests[lam]["test_mse"], 0.15)  # 0.22: the mean of all images
         self.assertLess(tests[0.995]["sliced_wasserstein"], 0.4)
@@ -2572,27 +2573,39 @@ def script_images_per_s(script, data_dir, num_images):
         return json.loads(Path(folder, "run/metrics.jsonl").read_text())["images_per_s"]
 
 
-def overhead_share(data_dir, num_images):
-    """The share of vae.py's training that is not spent in convolutions, matrix products,
-    activations or the loss, or in what these call, as torch's profiler counts it."""
-    def needed(event):
-        words = ("conv", "mm", "gelu", "tanh", "aten::exp", "softmax", "nll_loss")
-        return event is not None and (
-            any(word in event.name.lower() for word in words) or needed(event.cpu_parent))
+def overhead_share(module, *argv):
+    """The share of a training step that is spent outside the forward and backward passes of the
+    networks and their losses, and the matrix products of Muon."""
+    parts = [(torch.Tensor, "backward"), *{
+        vae: [(vae.VAE, "forward")], gpt: [(gpt.GPT, "forward"), (gpt, "orthogonalize")],
+        aae: [(aae.AdversarialAE, name)
+              for name in ("forward", "autoencoder_loss", "discriminator_loss")]}[module]]
+    seconds = 0.0
 
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    quiet = mock.patch.multiple(vae, evaluate=lambda *_: dict.fromkeys(vae.LOSSES, 0.0),
-                                draw_pictures=lambda *_, **__: None, draw_curves=lambda *_: None)
-    args = vae.parse_args(["--epochs", "1"])
-    data = common.load_mnist("mnist", data_dir, num_images, "cpu")
-    data = data._replace(train=data.train >> 4)
-    model = vae.VAE().to(memory_format=torch.channels_last)
-    with tempfile.TemporaryDirectory() as folder, quiet, profiler:
-        with contextlib.redirect_stdout(io.StringIO()):
-            vae.fit(model, data, args, Path(folder), torch.float32, "")
-    events = profiler.events()
-    total = sum(event.self_cpu_time_total for event in events)
-    return sum(event.self_cpu_time_total for event in events if not needed(event)) / total
+    def timed(function):
+        def wrapper(*args, **kwargs):
+            nonlocal seconds
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if torch.is_grad_enabled() or function is orthogonalize:  # not in evaluation
+                seconds += time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    orthogonalize = gpt.orthogonalize
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(without_pictures(module))
+        for owner, name in parts:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
+        status, _, err = run_main(module.main, *argv, "--device", "cpu", "--out-dir",
+                                  f"{folder}/run")
+        assert status == 0, err
+        args = json.loads(Path(folder, "run/args.json").read_text())
+        row = json.loads(Path(folder, "run/metrics.jsonl").read_text())
+    batches_per_s = (row.get("images_per_s") or row["tokens_per_s"] / args["block_size"]
+                     ) / args["batch_size"]
+    return 1 - seconds / row["step"] * batches_per_s
 
 
 def in_turn(runs, *ways):
@@ -2795,15 +2808,21 @@ def bench(data_dir):
           "their range, of runs in turn", flush=True)
     bench_images(vae, ordinary_vae, data_dir)
     bench_images(aae, ordinary_aae, data_dir)
-    print("share of vae.py's step outside convolutions, matrix products, activations and the loss: "
-          f"{overhead_share(data_dir, num_images=6400):.1%}", flush=True)
     text = Path(data_dir, "tinyshakespeare.txt")
-    bench_training(text if text.exists() else HERE / "README.md")
+    if not text.exists():
+        text = HERE / "README.md"
+    for module, *argv in (
+            (vae, "--data-dir", data_dir, "--limit", 64 * 200, "--epochs", 1),
+            (aae, "--data-dir", data_dir, "--limit", 32 * 200, "--epochs", 1),
+            (gpt, "train", "--text", text, "--limit", 100_000, "--max-steps", 200)):
+        print(f"share of a step of {module.__name__}.py outside forward and backward pass: "
+              f"{overhead_share(module, *argv):.1%}", flush=True)
+    bench_training(text)
     bench_memory()
     bench_generation()
     bench_attention()
     bench_loading()
-    if text.exists() and Path(data_dir, "gpt2").is_dir():
+    if text.name != "README.md" and Path(data_dir, "gpt2").is_dir():
         bench_tokenizer(data_dir)
     else:
         print(f"encoding: not measured without {data_dir}/tinyshakespeare.txt and {data_dir}/gpt2")

@@ -328,7 +328,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
                     progress = (step + 0.5) / total_steps
                     lr *= min(progress / 0.1, (1 - progress) / 0.9)
                 optimizer.param_groups[0]["lr"] = lr
-                torch.manual_seed(common.seed_for(args.seed, step))  # of this step's noise
+                common.seed_step(device, args.seed, step)  # its noise
 
                 x = data.train[indices]  # [B, 1, 28, 28]
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
