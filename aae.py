@@ -7,8 +7,8 @@
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    |.|^2 is the mean over the pixels here, a few hundredths in a trained model, where the
-    encoder's part in the second term comes to about ln 2: hence a lambda close to 1.
+    |.|^2 is the mean over the pixels here, a few hundredths in a trained model, where what the
+    encoder has to lose in the second term is about ln 2: hence a lambda close to 1.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                the plain autoencoder
@@ -171,13 +171,15 @@ class AdversarialAE(nn.Module):
     def discriminator_loss(self, z):
         """The loss of the discriminator. codes z [B, z_dim] -> cross-entropy in nats, accuracy
 
-        Both are means over the codes and as many draws of the prior. Where the codes are
-        distributed as the prior, the best possible loss is ln 2 and the accuracy 0.5.
+        z is to be detached from the encoder, which must not learn from this. Both results are
+        means over the codes and as many draws of the prior. Where the codes are distributed as
+        the prior, the best possible loss is ln 2 and the accuracy 0.5.
         """
         prior = torch.randn_like(z)
         real, fake = self.discriminator(torch.cat([prior, z])).chunk(2)  # [B, 1] each
         # The mean of Equations 17 and 16; the latter is printed with (1 - log D), a misprint for
-        # the log(1 - D) of Equation 15. With a logit a, log(1 - sigmoid(a)) = log sigmoid(-a).
+        # the log(1 - D) of Equation 15, whose weight 1 - lambda moves no optimum of D and is left
+        # out. With a logit a, log(1 - sigmoid(a)) = log sigmoid(-a).
         loss = -(F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean()) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
         return loss, accuracy
@@ -227,7 +229,7 @@ def to_float(images):
 
 @torch.no_grad()
 def evaluate(model, images):
-    """Each image once, in float32; a stochastic encoder draws one code for each.
+    """Each image once, without autocast; a stochastic encoder draws one code for each.
 
     uint8 images [N, 1, 28, 28] -> mean squared error per pixel, codes [N, z_dim]
     """
@@ -355,6 +357,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     adversarial = args.lam < 1  # Q2.3b: with lambda 1 nothing is asked of the codes
+    # What is summed over an epoch, in the order of `parts` below
     losses = ["train_mse", *(["gen_loss", "disc_loss", "disc_accuracy"] if adversarial else [])]
     step, seconds, rows = 0, 0.0, []
     sums = torch.zeros(len(losses), device=device)  # of the losses over the epoch's images so far
@@ -399,18 +402,19 @@ def fit(model, data, args, run, dtype, heading, state=None):
                 scale = min(progress / 0.1, (1 - progress) / 0.9)
                 ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
                 d_optimizer.param_groups[0]["lr"] = args.d_lr * scale
-                common.seed_step(device, args.seed, step)  # its noise
+                common.seed_step(device, args.seed, step)  # so a resumed run draws the same
                 x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
                 # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-                # The paper has three steps: the autoencoder learns to reconstruct, the
-                # discriminator learns, the encoder learns to fool it. The assignment joins the
-                # first and the third, and starts with the discriminator. Here the discriminator
-                # comes second. Either order needs one pass of the encoder; both ended equally well.
+                # In the paper the autoencoder learns to reconstruct, then the discriminator
+                # learns, then the encoder learns to fool it. The assignment joins the first and
+                # the third, and has the discriminator first; here it is second, on the codes of
+                # the same pass of the encoder. Both orders ended equally well.
                 with autocast:
                     recon, z = model(x)
                     loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
-                scaler.scale(loss).backward(inputs=autoencoder)  # none for the discriminator
+                # The gradient passes through the discriminator; its weights get none.
+                scaler.scale(loss).backward(inputs=autoencoder)
                 scaler.step(ae_optimizer)
                 ae_optimizer.zero_grad()
 

@@ -49,9 +49,10 @@ def command(script):
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "memory" not in str(error):  # torch's words on a CPU and on a GPU
-            raise
         reason = str(error).split("\n")[0]
+        if not any(words in reason for words in (  # torch's, on a GPU, on Linux and on Windows
+                "out of memory", "allocate memory", "not enough memory")):
+            raise
         print(f"{script}: error: there is not enough memory ({reason}): choose a smaller model or "
               "--batch-size", file=sys.stderr)
         sys.exit(2)
@@ -152,13 +153,13 @@ def pick_device(name, amp):
 
 
 def seed_for(*numbers):
-    """A seed of its own for each combination of numbers, such as (seed, step). With their sum,
-    seed 1 would see at step 0 what seed 0 sees at step 1."""
+    """A seed of its own for numbers such as (seed, step); zeros at their end do not count. With
+    their sum, seed 1 would see at step 0 what seed 0 sees at step 1."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_step(device, *numbers):
-    """Seed what is drawn on `device` from here on by seed_for(*numbers)."""
+    """Start the random numbers of `device` anew, from seed_for(*numbers)."""
     if device.type == "cpu":  # torch.manual_seed takes 0.4 ms to note it for absent devices, too
         torch.default_generator.manual_seed(seed_for(*numbers))
     else:
@@ -167,7 +168,8 @@ def seed_step(device, *numbers):
 
 def epoch_order(num_images, seed, epoch, device):
     """The order in which `epoch` visits the images, the same on every device. -> [num_images]"""
-    generator = torch.Generator().manual_seed(seed_for(seed, epoch, 1))  # 1: not a step's
+    # The 1 tells it from the seed of step number `epoch`.
+    generator = torch.Generator().manual_seed(seed_for(seed, epoch, 1))
     return torch.randperm(num_images, generator=generator).to(device)
 
 
@@ -411,8 +413,8 @@ def save_image(path, image, title):
 def save_curves(path, title, ylabel, x, curves, levels, xlabel="epoch"):
     """`curves`: name -> a value for each of `x`; `levels`: name -> a value or None, a dashed line.
 
-    The scale is that of the second value on: a mean that the first stands for still has the
-    untrained model in it.
+    The scale leaves out each curve's first value, which would squash the rest: a mean over the
+    first epoch has the untrained model in it.
     """
     figure = new_figure(7, 4, title)
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)

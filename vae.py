@@ -153,10 +153,11 @@ def elbo_to_bpd(elbo, img_shape):
 
 
 def log_weight(model, x, z, mean, log_std):
-    """log p(x|z) + log p(z) - log q(z|x) in nats, for z drawn from q = N(mean, std^2).
+    """log p(x|z) + log p(z) - log q(z) in nats, for z drawn from q = N(mean, std^2).
 
-    x [B, 1, 28, 28]; z, mean, log_std [B, D] -> [B]. Its mean over z is the lower bound; the log
-    of the mean of its exp is log p(x) itself (line 3 of Equation 9).
+    x [B, 1, 28, 28]; z, mean, log_std [B, D] -> [B]. The log of its exp's expectation over z is
+    log p(x), whatever q is (line 3 of Equation 9); for q(z|x) its own expectation is the lower
+    bound.
     """
     def log_normal(z, mean, log_std):
         scaled = (z - mean) / log_std.exp()
@@ -172,14 +173,15 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
 
     proposal "posterior" draws z from q(z|x): the importance-weighted bound of Burda et al.
     (2016, arXiv:1509.00519). "prior" draws it from p(z), which makes the weight p(x|z) alone:
-    Equation 8. Memory does not grow with num_samples.
+    Equation 8. On average either is below log p(x), and comes closer with more draws. Memory
+    does not grow with num_samples.
     """
     assert proposal in ("posterior", "prior")
     mean, log_std = model.encoder(x)
     if proposal == "prior":
         mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)
     total = torch.full_like(mean[:, 0], -math.inf)  # log of the sum of the weights so far
-    per_pass = max(1, 1000 // len(x))
+    per_pass = max(1, 1000 // len(x))  # draws for each image in a pass of about 1,000 latents
     for start in range(0, num_samples, per_pass):
         draws = min(per_pass, num_samples - start)
         means, log_stds = mean.repeat(draws, 1), log_std.repeat(draws, 1)  # [draws * B, D]
@@ -191,7 +193,7 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
 
 @torch.no_grad()
 def evaluate(model, images):
-    """The two losses over a whole set, each image once, in float32.
+    """The losses over a whole set, each image once, without autocast.
 
     images [N, 1, 28, 28] -> dict of floats: rec and kl (nats per image), bpd
     """
@@ -266,8 +268,9 @@ def draw_pictures(model, images, labels, run, heading, epoch):
 def draw_curves(rows, run, heading, test_bpd=None):
     """The bound by epoch, and the test value as a line once it is known (Q1.7)."""
     curves = {name: [row[f"{name}_bpd"] for row in rows] for name in ("train", "val")}
-    common.save_curves(run / "bpd.png", f"{heading}\nthe lower bound", "bits per dimension",
-                       [row["epoch"] for row in rows], curves, {"test": test_bpd})
+    common.save_curves(run / "bpd.png", f"{heading}\nthe negative lower bound",
+                       "bits per dimension", [row["epoch"] for row in rows], curves,
+                       {"test": test_bpd})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ def fit(model, data, args, run, dtype, heading, state=None):
                     progress = (step + 0.5) / total_steps
                     lr *= min(progress / 0.1, (1 - progress) / 0.9)
                 optimizer.param_groups[0]["lr"] = lr
-                common.seed_step(device, args.seed, step)  # its noise
+                common.seed_step(device, args.seed, step)  # so a resumed run draws the same
 
                 x = data.train[indices]  # [B, 1, 28, 28]
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
