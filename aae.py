@@ -380,6 +380,10 @@ def fit(model, data, args, run, dtype, heading, state=None):
             "scaler": scaler.state_dict(), "step": step, "seconds": seconds, "rows": rows,
             "sums": sums, "args": vars(args)})
 
+    def stop_here():
+        print(f"stopped after step {step}; go on with: python aae.py --resume {run}")
+        sys.exit(130)
+
     if step == 0:
         save_last()
         val_mse, codes = evaluate(model, data.val)
@@ -437,12 +441,11 @@ def fit(model, data, args, run, dtype, heading, state=None):
                         raise common.UserError(
                             f"a loss is not finite by step {step}: start again with a lower "
                             f"--ae-lr or --d-lr ({run / 'last.pt'} keeps the last good model)")
-                if stop.asked:
+                if stop.asked and step < epoch * steps_per_epoch:  # else at the epoch's end, below
                     bar.close()
                     seconds += time.perf_counter() - began
                     save_last()
-                    print(f"stopped after step {step}; go on with: python aae.py --resume {run}")
-                    sys.exit(130)
+                    stop_here()
             train = dict(zip(losses, (sums / len(data.train)).tolist(), strict=True))
             sums.zero_()
             images_per_s = seen / (time.perf_counter() - began)
@@ -464,6 +467,8 @@ def fit(model, data, args, run, dtype, heading, state=None):
                             f"_epoch_{epoch:03d}")
                 draw_codes(model, codes, data.val_labels, run, heading)
                 draw_curves(rows, run, heading)
+            if stop.asked:
+                stop_here()
     return rows
 
 

@@ -1004,6 +1004,16 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 f"the loss is not finite at step {step}: start again with a lower --lr "
                 f"({run / 'last.pt'} keeps the last good model)")
 
+    def stop_asked():  # of any process, so all stop at the same step
+        return add_up(torch.tensor(float(stop.asked))) > 0
+
+    def stop_here():
+        if rank == 0:
+            print(f"stopped after step {step}; go on with: python gpt.py train --resume {run}",
+                  flush=True)
+        add_up(torch.zeros(1))  # none ends before the run is saved
+        sys.exit(130)
+
     if step == 0:
         best, bits = evaluate(model, val, tokenizer, part_size, dtype)
     if rank == 0:
@@ -1054,15 +1064,12 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 if step % 10 == 0:  # not each time: to read the loss is to wait for the device
                     bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
                     check_finite(loss.item())
-                if add_up(torch.tensor(float(stop.asked))):  # so all stop at the same step
+                if step < until and stop_asked():  # else after the evaluation, below
                     bar.close()
                     seconds += time.perf_counter() - began
                     if rank == 0:
                         save_last()
-                        print(f"stopped after step {step}; go on with: "
-                              f"python gpt.py train --resume {run}", flush=True)
-                    add_up(torch.zeros(1))  # none ends before the run is saved
-                    sys.exit(130)
+                    stop_here()
             elapsed, done = time.perf_counter() - began, step - resumed_at
             since = rows[-1]["step"] if rows else 0
             train_loss, grad_norm = (sums / (step - since)).tolist()
@@ -1085,11 +1092,13 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
                       f"val {val_loss:.4f} | {bits:.3f} bits/byte | "
                       f"lr {rows[-1]['lr']:.1e} norm {grad_norm:.2f} | "
-                      f"{1000 * elapsed / max(done, 1):.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
+                      f"{1000 * elapsed / done:.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
                       f"{flops_per_token(model) * tokens_per_s / peak:.0%} MFU | {seconds:.1f} s",
                       flush=True)
                 draw_sample(model, tokenizer, run, step)
                 draw_curves(rows, run, heading)
+            if stop_asked():
+                stop_here()
     return rows
 
 

@@ -2352,6 +2352,24 @@ script.main()
                     del row[speed]
             self.assertEqual(a, b)
 
+    def test_ctrl_c_during_the_last_validation_stops_before_the_test_figures(self):
+        evaluate, calls = self.module.evaluate, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 4:  # the first is before training, the others end the three epochs
+                os.kill(os.getpid(), signal.SIGINT)
+            return evaluate(*args)
+
+        with mock.patch.object(self.module, "evaluate", interrupted):
+            status, out, err = run_main(self.module.main, *self.ARGV, "--out-dir", "late")
+        self.assertEqual(status, 130, err)
+        self.assertIn(f"{' '.join(self.RESUME)} late", out.splitlines()[-1])
+        self.assertFalse(Path("late/test.json").exists())
+        status, _, err = run_main(self.module.main, *self.RESUME, "late")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(len(self.read("late")[1]), 3)
+
     def test_a_reader_that_goes_away_ends_the_script_quietly(self):
         process = self.start(*self.ARGV)
         process.stdout.close()

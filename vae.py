@@ -308,6 +308,10 @@ def fit(model, data, args, run, dtype, heading, state=None):
         common.save_checkpoint(run / "best.pt", {
             "model": model.state_dict(), "args": vars(args), "step": step, "val": best})
 
+    def stop_here():
+        print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
+        sys.exit(130)
+
     if step == 0:
         val = evaluate(model, data.val)
         best = val["bpd"]
@@ -351,12 +355,11 @@ def fit(model, data, args, run, dtype, heading, state=None):
                         raise common.UserError(
                             f"the loss is not finite at step {step}: start again with a lower "
                             f"--lr ({run / 'last.pt'} keeps the last good model)")
-                if stop.asked:
+                if stop.asked and step < epoch * steps_per_epoch:  # else at the epoch's end, below
                     bar.close()
                     seconds += time.perf_counter() - began
                     save_last()
-                    print(f"stopped after step {step}; go on with: python vae.py --resume {run}")
-                    sys.exit(130)
+                    stop_here()
             train = dict(zip(LOSSES, (sums / len(data.train)).tolist(), strict=True))
             sums.zero_()
             images_per_s = seen / (time.perf_counter() - began)
@@ -377,6 +380,8 @@ def fit(model, data, args, run, dtype, heading, state=None):
             if epoch in (1, 2, 5) or epoch % 10 == 0:
                 draw_pictures(model, data.val, data.val_labels, run, heading, epoch)
                 draw_curves(rows, run, heading)
+            if stop.asked:
+                stop_here()
     return rows
 
 
