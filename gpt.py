@@ -1004,16 +1004,6 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 f"the loss is not finite at step {step}: start again with a lower --lr "
                 f"({run / 'last.pt'} keeps the last good model)")
 
-    def stop_asked():  # of any process, so all stop at the same step
-        return add_up(torch.tensor(float(stop.asked))) > 0
-
-    def stop_here():
-        if rank == 0:
-            print(f"stopped after step {step}; go on with: python gpt.py train --resume {run}",
-                  flush=True)
-        add_up(torch.zeros(1))  # none ends before the run is saved
-        sys.exit(130)
-
     if step == 0:
         best, bits = evaluate(model, val, tokenizer, part_size, dtype)
     if rank == 0:
@@ -1036,14 +1026,15 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                # For this step's dropout; its windows have a seed of their own.
+                # For dropout; with the last number 0 it would be the seed of the windows below.
                 common.seed_step(device, args.seed, step, 1 + rank)
 
                 windows = random_windows(train, args.batch_size, block_size, args.seed, step)
                 mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
                 loss = torch.zeros((), device=device)
                 for i, part in enumerate(mine.split(part_size), 1):
-                    average = size == 1 or i == args.grad_accum  # over the processes, at last
+                    # DDP averages over the processes in backward(): only with the last part.
+                    average = size == 1 or i == args.grad_accum
                     with contextlib.nullcontext() if average else net.no_sync():
                         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                             part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
@@ -1064,16 +1055,20 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 if step % 10 == 0:  # not each time: to read the loss is to wait for the device
                     bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
                     check_finite(loss.item())
-                if step < until and stop_asked():  # else after the evaluation, below
+                if add_up(torch.tensor(float(stop.asked))):  # so all stop at the same step
                     bar.close()
                     seconds += time.perf_counter() - began
                     if rank == 0:
                         save_last()
-                    stop_here()
-            elapsed, done = time.perf_counter() - began, step - resumed_at
+                        launcher = "python" if size == 1 else "torchrun ... (as before)"
+                        print(f"stopped after step {step}; go on with: "
+                              f"{launcher} gpt.py train --resume {run}", flush=True)
+                    add_up(torch.zeros(1))  # torchrun ends all once one has: the save comes first
+                    sys.exit(130)
             since = rows[-1]["step"] if rows else 0
-            train_loss, grad_norm = (sums / (step - since)).tolist()
+            train_loss, grad_norm = (sums / (step - since)).tolist()  # waits for the device
             sums.zero_()
+            elapsed, done = time.perf_counter() - began, step - resumed_at
             tokens_per_s = tokens_per_step * done / elapsed
             val_loss, bits = evaluate(model, val, tokenizer, part_size, dtype)
             check_finite(train_loss + val_loss)
@@ -1092,13 +1087,11 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
                       f"val {val_loss:.4f} | {bits:.3f} bits/byte | "
                       f"lr {rows[-1]['lr']:.1e} norm {grad_norm:.2f} | "
-                      f"{1000 * elapsed / done:.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
+                      f"{1000 * elapsed / max(done, 1):.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
                       f"{flops_per_token(model) * tokens_per_s / peak:.0%} MFU | {seconds:.1f} s",
                       flush=True)
                 draw_sample(model, tokenizer, run, step)
                 draw_curves(rows, run, heading)
-            if stop_asked():
-                stop_here()
     return rows
 
 
