@@ -484,8 +484,9 @@ def main(argv=None):
         rows = fit(model, data, args, run, dtype, heading, state)
         state = common.load_checkpoint(run / "best.pt", "vae.py")
         model.load_state_dict(state["model"])
-    results = report_test(model, data.test)
     epoch = state["step"] // steps_per_epoch
+    print(f"the best model by validation is that of epoch {epoch}/{args.epochs}")
+    results = report_test(model, data.test)
     draw_pictures(model, data.test, data.test_labels, run, heading, epoch)
     if args.eval is None:
         draw_curves(rows, run, heading, results["test_bpd"])
