@@ -2500,10 +2500,9 @@ class Readme(TemporaryFolder):
                 for flag in re.findall(r"--[a-z-]+", rest):
                     self.assertIn(flag, help_text.split())
 
-    def run_python(self, script):
-        """Run README's lines of Python for `script`. -> their names"""
-        code = next(c for c in re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
-                    if f"from {script} import" in c)
+    def run_python(self, words):
+        """Run README's lines of Python with `words` in them. -> their names"""
+        code = next(c for c in re.findall(r"```python\n(.*?)```", self.TEXT, re.S) if words in c)
         namespace = {}
         exec(code, namespace)
         return namespace
@@ -2513,15 +2512,33 @@ class Readme(TemporaryFolder):
                                                 (aae, "runs/aae-z8-lam0.995", -1, 1)):
             with without_pictures(module):
                 run_main(module.main, *SHORT, "--epochs", 1, "--out-dir", folder)
-            namespace = self.run_python(module.__name__)
+            namespace = self.run_python(f"from {module.__name__} import")
             images = namespace["images"]
             self.assertEqual(images.shape, (16, 1, 28, 28))
             self.assertTrue(lowest <= images.min() and images.max() <= highest)
 
+    def test_the_lines_that_estimate_likelihoods_draw_their_picture(self):
+        estimate, asked = vae.log_likelihood, []
+
+        def with_few_draws(model, x, num_samples, proposal):
+            asked.append((model.z_dim, num_samples, proposal))
+            return estimate(model, x[:2], 10, proposal)
+
+        for z_dim in (2, 8, 20):
+            with without_pictures(vae):
+                run_main(vae.main, *SHORT, "--epochs", 1, "--z-dim", z_dim, "--out-dir",
+                         f"runs/draws-z{z_dim}")
+        offline = mock.patch.object(common, "download", side_effect=ConnectionError)
+        few_draws = mock.patch.object(vae, "log_likelihood", with_few_draws)
+        with offline, few_draws, contextlib.redirect_stderr(io.StringIO()):
+            self.run_python("vae.log_likelihood")
+        self.assertEqual(len(asked), 3 * 4 * 2)
+        self.assertGreater(Path("likelihood.png").stat().st_size, 10_000)
+
     def test_the_lines_that_write_a_text_run(self):
         serve_hub(self, small_gpt(vocab_size=257, block_size=99).float())
         with contextlib.redirect_stderr(io.StringIO()):
-            namespace = self.run_python("gpt")
+            namespace = self.run_python("from gpt import")
         self.assertTrue(namespace["text"].startswith("Yesterday I went to the"))
         self.assertEqual(namespace["tokens"].shape, (1, len("Yesterday I went to the") + 50))
 
