@@ -2535,6 +2535,17 @@ class Readme(TemporaryFolder):
         self.assertEqual(len(asked), 3 * 4 * 2)
         self.assertGreater(Path("likelihood.png").stat().st_size, 10_000)
 
+    def test_the_lines_that_measure_the_noise_of_codes_run(self):
+        for posterior in ("gaussian", "universal"):
+            with without_pictures(aae):
+                run_main(aae.main, *SHORT, "--epochs", 1, "--z-dim", 20, "--posterior", posterior,
+                         "--out-dir", f"runs/aae-z20-lam0.995-{posterior}")
+        offline = mock.patch.object(common, "download", side_effect=ConnectionError)
+        with offline, contextlib.redirect_stderr(io.StringIO()), \
+                contextlib.redirect_stdout(io.StringIO()) as out:
+            self.run_python("aae.to_float")
+        self.assertRegex(out.getvalue(), r"^gaussian 0\.\d+\nuniversal 0\.\d+\n$")
+
     def test_the_lines_that_write_a_text_run(self):
         serve_hub(self, small_gpt(vocab_size=257, block_size=99).float())
         with contextlib.redirect_stderr(io.StringIO()):
