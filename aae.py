@@ -1,39 +1,33 @@
 """An adversarial autoencoder for MNIST (Makhzani et al., 2015, arXiv:1511.05644).
 
-    Encoder E, decoder R (for reconstruction), and a discriminator D, which tells draws z of the
-    prior N(0, I) from codes E(x). For a weight lambda between 0 and 1 (the assignment's
-    Equation 15):
+    Encoder E, decoder R (for reconstruction), and a discriminator D that tells draws z of the
+    prior N(0, I) from codes E(x). With a weight lambda between 0 and 1:
 
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    |.|^2 is the mean over the pixels here, a few hundredths in a trained model, where what the
-    encoder has to lose in the second term is about ln 2: hence a lambda close to 1.
+    |.|^2 is the mean over the pixels, a few hundredths in a trained model. The second term is of
+    the size of ln 2, so lambda has to be close to 1 for the first one to count.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
-    python aae.py --lam 1                the plain autoencoder
+    python aae.py --lam 1                a plain autoencoder
     python aae.py --z-dim 2              a latent space that can be looked at
     python aae.py --z-dim 20 --posterior gaussian
-                                         a stochastic encoder; "universal" is another
-    python aae.py --epochs 100           as long as the assignment asks
-    python aae.py --resume runs/aae-z8-lam0.995
-                                         go on with a stopped run
-    python aae.py --eval runs/aae-z8-lam0.995
-                                         print its test results, draw its samples and codes
+                                         a stochastic encoder (or --posterior universal)
+    python aae.py --resume runs/aae-z8-lam0.995 --epochs 100
+                                         go on with a run, here beyond its end
 
-A run leaves a folder in runs/: args.json, metrics.jsonl, last.pt, test.json, and as pictures the
-losses by epoch, samples and reconstructions, and the codes beside the prior.
+A run leaves a folder in runs/: args.json, metrics.jsonl (a row an epoch), last.pt, test.json, and
+as pictures the losses by epoch, samples, reconstructions, and the codes beside the prior. --resume
+of a finished run prints its test figures and draws the pictures again.
 
-The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
-"Q" (question) refer to it. In the comments on shapes B is the batch size.
+The model is the one of the University of Amsterdam's Deep Learning Practical 3 (2023); a comment
+with "Q2.1" answers its question 2.1. In comments on shapes B is the batch size.
 """
 
 import argparse
-import json
 import math
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -44,52 +38,70 @@ import common
 
 POSTERIORS = ("deterministic", "gaussian", "universal")
 
-# ---------------------------------------------------------------------------------------------
-# Networks
+
+def to_float(images):
+    """uint8 -> floats in [-1, 1]"""
+    return images / 127.5 - 1
+
+
+# -- Networks ---------------------------------------------------------------------------------
+
+
+def init(layer, gain=2**0.5):
+    """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) and zero biases. The gain of sqrt(2)
+    is He's: it makes up for the half of its input that a ReLU sets to zero."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def at_least_float32(x):
+    """Losses are computed in float32, also where autocast computes the layers in 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Encoder(nn.Module):
     """E: images [B, 1, 28, 28] in [-1, 1] -> codes [B, z_dim], one draw from q(z|x) for each.
 
-    The convolutions are those of Tutorial 9 of the UvA Deep Learning notebooks. q(z) is the mean
-    of q(z|x) over the images (Q2.1), for the three posteriors of the paper's section 2:
+    The convolutions are those of Tutorial 9 of the UvA Deep Learning notebooks. There are the
+    three posteriors q(z|x) of the paper's section 2. Q2.1: q(z) is their mean over the images x.
 
-    - "deterministic": z is a function of x, and all of q(z)'s randomness comes from the data.
+    - "deterministic": z is a function of x, so all randomness of q(z) comes from the data.
     - "gaussian": q(z|x) = N(mean(x), diag(std(x)^2)), so q(z) is a mixture of Gaussians.
     - "universal": z is a function of x and of noise, so q(z|x) may take any shape.
     """
 
-    def __init__(self, z_dim=8, posterior="deterministic"):
+    def __init__(self, z_dim=8, posterior="deterministic", num_filters=32):
         super().__init__()
         assert posterior in POSTERIORS
         self.posterior = posterior
-        c = 32
+        c = num_filters
         self.net = nn.Sequential(
-            nn.Conv2d(1, c, 3, stride=2, padding=1), nn.ReLU(),          # 28x28 -> 14x14
-            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(),                    # 14x14
-            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.ReLU(),      # 14x14 -> 7x7
-            nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.ReLU(),            # 7x7
-            nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1), nn.ReLU(),  # 7x7 -> 4x4
-            nn.Flatten())                                                # [B, 2c * 4 * 4]
-        features = 2 * c * 4 * 4
+            init(nn.Conv2d(1, c, 3, stride=2, padding=1)), nn.ReLU(),          # 28x28 -> 14x14
+            init(nn.Conv2d(c, c, 3, padding=1)), nn.ReLU(),                    # 14x14
+            init(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1)), nn.ReLU(),      # 14x14 -> 7x7
+            init(nn.Conv2d(2 * c, 2 * c, 3, padding=1)), nn.ReLU(),            # 7x7
+            init(nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1)), nn.ReLU(),  # 7x7 -> 4x4
+            nn.Flatten())                                                      # [B, 2c * 4 * 4]
+        features, self.noise_dim = 2 * c * 4 * 4, 32
         if posterior == "deterministic":
-            self.out = nn.Linear(features, z_dim)
+            self.out = init(nn.Linear(features, z_dim), gain=1)
         elif posterior == "gaussian":
-            self.out = nn.Linear(features, 2 * z_dim)
+            self.out = init(nn.Linear(features, 2 * z_dim), gain=1)
         else:
-            self.noise_dim = 32
-            self.out = nn.Sequential(
-                nn.Linear(features + self.noise_dim, 256), nn.ReLU(), nn.Linear(256, z_dim))
+            self.out = nn.Sequential(init(nn.Linear(features + self.noise_dim, 256)), nn.ReLU(),
+                                     init(nn.Linear(256, z_dim), gain=1))
 
     def forward(self, x):
         h = self.net(x)
         if self.posterior == "universal":
             noise = torch.randn(len(h), self.noise_dim, device=h.device, dtype=h.dtype)
             h = torch.cat([h, noise], 1)
-        z = self.out(h).float()  # autocast computes the layers in 16 bits; codes stay in 32
+        z = at_least_float32(self.out(h))
         if self.posterior == "gaussian":
             mean, log_std = z.chunk(2, dim=1)  # [B, z_dim] each
-            # Bounded to -5..5, so that exp cannot overflow; unlike clamp, tanh passes gradients.
+            # The log std stays within -5..5, so that its exp cannot overflow. Where clamp would
+            # have no gradient outside this range, tanh always has one.
             z = mean + torch.exp(5 * torch.tanh(log_std / 5)) * torch.randn_like(mean)
         return z
 
@@ -97,21 +109,24 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """R: codes [B, z_dim] -> images [B, 1, 28, 28] in [-1, 1]."""
 
-    def __init__(self, z_dim=8):
+    def __init__(self, z_dim=8, num_filters=32):
         super().__init__()
-        c = 32
+        c = num_filters
         up = dict(kernel_size=3, stride=2, padding=1)
         self.net = nn.Sequential(
-            nn.Linear(z_dim, 2 * c * 4 * 4), nn.ReLU(),
+            init(nn.Linear(z_dim, 2 * c * 4 * 4)), nn.ReLU(),
             nn.Unflatten(1, (2 * c, 4, 4)),
-            nn.ConvTranspose2d(2 * c, 2 * c, output_padding=0, **up), nn.ReLU(),  # 4x4 -> 7x7
-            nn.Conv2d(2 * c, 2 * c, 3, padding=1), nn.ReLU(),                     # 7x7
-            nn.ConvTranspose2d(2 * c, c, output_padding=1, **up), nn.ReLU(),      # 7x7 -> 14x14
-            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(),                             # 14x14
-            nn.ConvTranspose2d(c, 1, output_padding=1, **up))                     # 14x14 -> 28x28
+            init(nn.ConvTranspose2d(2 * c, 2 * c, output_padding=0, **up)), nn.ReLU(),  # -> 7x7
+            init(nn.Conv2d(2 * c, 2 * c, 3, padding=1)), nn.ReLU(),                     # 7x7
+            init(nn.ConvTranspose2d(2 * c, c, output_padding=1, **up)), nn.ReLU(),      # -> 14x14
+            init(nn.Conv2d(c, c, 3, padding=1)), nn.ReLU(),                             # 14x14
+            init(nn.ConvTranspose2d(c, 1, output_padding=1, **up), gain=1))             # -> 28x28
+        # Most pixels are -1, the background. From a bias of 0 the first steps can push all outputs
+        # so far down that tanh has no gradient left. tanh(-1) = -0.76 is near the images' mean.
+        nn.init.constant_(self.net[-1].bias, -1)
 
     def forward(self, z):
-        return self.net(z).float().tanh()
+        return at_least_float32(self.net(z)).tanh()
 
 
 class Discriminator(nn.Module):
@@ -119,36 +134,25 @@ class Discriminator(nn.Module):
 
     def __init__(self, z_dim=8):
         super().__init__()
-        # No batch normalisation: the output for a code would depend on the rest of the batch.
+        # Without batch normalisation, with which a code's output would depend on other codes.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 1))
 
     def forward(self, z):
-        return self.net(z).float()
+        return at_least_float32(self.net(z))
 
 
 class AdversarialAE(nn.Module):
     """The three networks and the losses that train them."""
 
-    def __init__(self, z_dim=8, posterior="deterministic"):
+    def __init__(self, z_dim=8, posterior="deterministic", num_filters=32):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder = Encoder(z_dim, posterior)
-        self.decoder = Decoder(z_dim)
+        self.encoder = Encoder(z_dim, posterior, num_filters)
+        self.decoder = Decoder(z_dim, num_filters)
         self.discriminator = Discriminator(z_dim)
-        # Orthogonal weights (Saxe et al. 2014), with He's gain before a ReLU. With torch's default
-        # weights the codes of different images differ by only about 0.001, with these by 0.1.
-        for network in (self.encoder, self.decoder):
-            layers = [layer for layer in network.modules() if hasattr(layer, "weight")]
-            for layer in layers:
-                nn.init.orthogonal_(layer.weight, gain=1 if layer is layers[-1] else math.sqrt(2))
-                nn.init.zeros_(layer.bias)
-        # Most pixels are background, near -1. Without this bias the first steps can push all
-        # outputs so far down that tanh has no gradient left, and training does not recover.
-        # tanh(-1) = -0.76 is near the mean of the images.
-        nn.init.constant_(self.decoder.net[-1].bias, -1)
 
     def forward(self, x):
         """Images [B, 1, 28, 28] in [-1, 1] -> their reconstructions, and codes [B, z_dim]."""
@@ -156,42 +160,45 @@ class AdversarialAE(nn.Module):
         return self.decoder(z), z
 
     def autoencoder_loss(self, x, recon, z, lam):
-        """The loss of encoder and decoder. x, recon [B, 1, 28, 28], z [B, z_dim], 0 <= lam <= 1
+        """The loss of encoder and decoder, lam * rec + (1 - lam) * gen. -> loss, rec, gen
 
-        -> lam * rec + (1 - lam) * gen, rec, gen, all of them means over the batch: rec is the
-        squared error per pixel (Equation 18); gen, in nats, is low where the codes fool the
+        x, recon [B, 1, 28, 28], z [B, z_dim], 0 <= lam <= 1; the results are means over the batch.
+        rec is the squared error per pixel; gen, in nats, is low where the codes fool the
         discriminator.
         """
+        # Q2.3b: with lambda 1 nothing is asked of the codes, with 0 nothing of the images.
         rec = F.mse_loss(recon, x)
+        if lam == 1:
+            return rec, rec, torch.zeros_like(rec)
         # -log D(E(x)) instead of log(1 - D(E(x))), as in Goodfellow et al. (2014): the same aim,
         # but with a gradient while the discriminator is not fooled at all.
-        gen = -F.logsigmoid(self.discriminator(z)).mean()
+        fake = self.discriminator(z)
+        gen = F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
         return lam * rec + (1 - lam) * gen, rec, gen
 
     def discriminator_loss(self, z):
-        """The loss of the discriminator. codes z [B, z_dim] -> cross-entropy in nats, accuracy
+        """The loss of the discriminator: codes z [B, z_dim] -> cross-entropy in nats, accuracy
 
-        z is to be detached from the encoder, which must not learn from this. Both results are
-        means over the codes and as many draws of the prior. Where the codes are distributed as
-        the prior, the best possible loss is ln 2 and the accuracy 0.5.
+        Both are means over the codes and as many draws of the prior. Detach z from the encoder,
+        which must not learn from this. Where codes are distributed as the prior, the best possible
+        loss is ln 2 and the accuracy 0.5.
         """
-        prior = torch.randn_like(z)
-        real, fake = self.discriminator(torch.cat([prior, z])).chunk(2)  # [B, 1] each
-        # The mean of Equations 17 and 16; the latter is printed with (1 - log D), a misprint for
-        # the log(1 - D) of Equation 15, whose weight 1 - lambda moves no optimum of D and is left
-        # out. With a logit a, log(1 - sigmoid(a)) = log sigmoid(-a).
-        loss = -(F.logsigmoid(real).mean() + F.logsigmoid(-fake).mean()) / 2
+        real, fake = self.discriminator(torch.cat([torch.randn_like(z), z])).chunk(2)  # [B, 1] each
+        # -1/2 mean log D(z) - 1/2 mean log(1 - D(E(x))): the factor 1 - lambda of the objective
+        # would not change which D is best. (The assignment prints 1 - log D, a misprint.)
+        loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
+                + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
         return loss, accuracy
 
     @torch.no_grad()
     def sample(self, n):
         """Decode n draws of the prior. -> images in [-1, 1], [n, 1, 28, 28]"""
-        return self.decoder(torch.randn(n, self.z_dim, device=next(self.parameters()).device))
+        weight = self.decoder.net[0].weight
+        return self.decoder(torch.randn(n, self.z_dim, device=weight.device, dtype=weight.dtype))
 
 
-# ---------------------------------------------------------------------------------------------
-# How far the codes are from the prior, and the samples from the images
+# -- How far the codes are from the prior, and the samples from the images --------------------
 
 
 def sliced_wasserstein(a, b, num_projections):
@@ -201,30 +208,27 @@ def sliced_wasserstein(a, b, num_projections):
     their order, so the distance is the mean difference of the sorted values.
     """
     assert a.shape == b.shape
-    directions = F.normalize(torch.randn(a.shape[1], num_projections, device=a.device), dim=0)
+    directions = F.normalize(torch.randn(a.shape[1], num_projections, dtype=a.dtype,
+                                         device=a.device), dim=0)
     a, b = a @ directions, b @ directions  # [N, num_projections]
     return (a.sort(0).values - b.sort(0).values).abs().mean().item()
 
 
-def parzen_log_likelihood(samples, x, sigma):
+def parzen_log_likelihood(samples, x, sigmas):
     """log of the mean over `samples` of N(x; sample, sigma^2 I), in nats per image.
 
-    samples [S, 1, 28, 28], x [N, 1, 28, 28], pixels in [0, 1] -> [N]. The paper reports this
-    number, and it is computed for comparison with it alone. Choose no model by it: Theis et al.
-    (2016, arXiv:1511.01844) show that it says little about the quality of samples (k-means centres
-    score higher than images of the training set).
+    samples [S, 1, 28, 28], x [N, 1, 28, 28], pixels in [0, 1], a list of G sigmas -> [G, N]. Only
+    for comparison with the paper, which reports it. Choose no model by it: Theis et al. (2016,
+    arXiv:1511.01844) show that it says little about the quality of samples (k-means centres score
+    higher than images of the training set).
     """
-    samples, x = samples.flatten(1), x.flatten(1)  # [S, M], [N, M]
-    log_sums = []  # over the samples, for 500 images at a time: S * N distances are too many
-    for part in x.split(500):
-        log_sums.append((-torch.cdist(part, samples)**2 / (2 * sigma**2)).logsumexp(1))
-    log_norm = math.log(len(samples)) + x.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
-    return torch.cat(log_sums) - log_norm
-
-
-def to_float(images):
-    """uint8 -> floats in [-1, 1]"""
-    return images / 127.5 - 1
+    samples, x, results = samples.flatten(1), x.flatten(1), []  # [S, 784], [N, 784]
+    for part in x.split(500):  # all S * N distances at once would take too much memory
+        squared = torch.cdist(part, samples)**2  # [500, S]
+        results.append(torch.stack([
+            (-squared / (2 * sigma**2)).logsumexp(1) - math.log(len(samples))
+            - x.shape[1] / 2 * math.log(2 * math.pi * sigma**2) for sigma in sigmas]))
+    return torch.cat(results, 1)
 
 
 @torch.no_grad()
@@ -233,7 +237,7 @@ def evaluate(model, images):
 
     uint8 images [N, 1, 28, 28] -> mean squared error per pixel, codes [N, z_dim]
     """
-    torch.manual_seed(0)  # the same noise every time; a training step sets a seed of its own
+    torch.manual_seed(0)  # the same noise each time; an epoch of training seeds anew
     squared_error, codes = 0, []
     for part in images.split(500):
         x = to_float(part)
@@ -255,351 +259,235 @@ def format_moments(moments):
             "std {code_std_min:.2f}..{code_std_max:.2f}").format(**moments)
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
-
-
 @torch.no_grad()
-def visualize_manifold(decoder, grid_size=20):
-    """What a decoder of two latent dimensions draws for each point of a grid.
-
-    The points are the percentiles (i + 0.5) / grid_size of the prior, z[0] growing to the right
-    and z[1] upwards. -> [grid_size**2, 1, 28, 28] in [-1, 1], row by row
-    """
-    percentiles = (torch.arange(grid_size) + 0.5) / grid_size
-    ticks = torch.special.ndtri(percentiles)  # the normal distribution's inverse CDF
-    z1, z0 = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
-    z = torch.stack([z0.flatten(), z1.flatten()], 1)  # [grid_size**2, 2]
-    return decoder(z.to(next(decoder.parameters()).device))
-
-
-@torch.no_grad()
-def draw_images(model, images, labels, run, heading, epoch, suffix=""):
-    """Samples, and reconstructions of one of `images` for each label (Q2.4 to Q2.7)."""
-    torch.manual_seed(0)  # the same latents every time, so that epochs can be compared
-    samples = (model.sample(64) + 1) / 2
-    common.save_image(run / f"samples{suffix}.png", common.tile(samples, 8),
-                      f"{heading}\nsamples after {epoch:g} epochs")
-
-    first = [(labels == digit).nonzero()[0, 0] for digit in labels.unique()]
-    originals = to_float(images[torch.stack(first).to(images.device)])
-    pairs = (torch.cat([originals, model(originals)[0]]) + 1) / 2
-    common.save_image(run / f"reconstructions{suffix}.png", common.tile(pairs, len(originals)),
-                      f"{heading}\noriginals and reconstructions after {epoch:g} epochs")
-
-
-def draw_codes(model, codes, labels, run, heading):
-    """`codes` [N, z_dim] beside the prior, and for z_dim 2 what the decoder makes of its plane."""
-    codes = codes.cpu()
-    reach = max(4, codes.abs().max().item())
-    if model.z_dim == 2:
-        manifold = (visualize_manifold(model.decoder) + 1) / 2
-        common.save_image(run / "manifold.png", common.tile(manifold, 20),
-                          f"{heading}\nwhat the decoder draws over the prior's percentiles")
-        figure = common.new_figure(6, 6, f"{heading}\ncodes of {len(codes):,} images; circles: "
-                                   "1, 2 and 3 sigma of the prior")
-        axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal")
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
-        points = axes.scatter(*codes.T, c=labels, s=2, cmap="tab10", vmin=0, vmax=9)
-        angle = torch.linspace(0, 2 * math.pi, 200)
-        for sigma in (1, 2, 3):
-            axes.plot(sigma * angle.cos(), sigma * angle.sin(), "k", linewidth=1)
-        figure.legend(*points.legend_elements(), loc="outside right center")
-    else:
-        shown = min(model.z_dim, 20)
-        rows, columns = math.ceil(shown / 4), min(shown, 4)
-        figure = common.new_figure(2.5 * columns + 1, 1.7 * rows + 0.7, f"{heading}\ncodes of "
-                                   f"{len(codes):,} images; line: the prior")
-        z = torch.linspace(-reach, reach, 200)
-        density = torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi)
-        for i in range(shown):
-            mean, std = codes[:, i].mean(), codes[:, i].std(correction=0)
-            axes = figure.add_subplot(rows, columns, i + 1, yticks=[])
-            axes.hist(codes[:, i].numpy(), bins=60, range=(-reach, reach), density=True)
-            axes.plot(z, density, "k", linewidth=1)
-            axes.set_ylim(0, 0.6)  # half as much again as the prior's peak
-            axes.set_title(f"z[{i}]: mean {mean:.2f}, std {std:.2f}", fontsize="small")
-    figure.savefig(run / "codes.png")
-
-
-def draw_curves(rows, run, heading, test_mse=None):
-    """The losses by epoch, and the test value as a line once it is known."""
-    def column(name):
-        return [row[name] for row in rows]
-
-    common.save_curves(
-        run / "mse.png", f"{heading}\nreconstruction", "mean squared error per pixel in [-1, 1]",
-        column("epoch"), {"train": column("train_mse"), "val": column("val_mse")},
-        {"test": test_mse})
-    if "disc_loss" in rows[0]:
-        common.save_curves(
-            run / "adversary.png", f"{heading}\nencoder against discriminator",
-            "nats; accuracy as a fraction", column("epoch"),
-            {"generator": column("gen_loss"), "discriminator": column("disc_loss"),
-             "accuracy": column("disc_accuracy")},
-            {"perfect match, losses:": math.log(2), "perfect match, accuracy:": 0.5})
-
-
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
-def fit(model, data, args, run, dtype, heading, state=None):
-    """Fit `model` to data.train; `state`, the content of a last.pt, is where to go on from."""
-    device = data.train.device
-    autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
-    # Without weight decay the autoencoder overfits: its error on new images is higher.
-    ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
-                                     weight_decay=0.1, fused=True)
-    # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
-    d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
-                                   betas=(0.5, 0.99), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    adversarial = args.lam < 1  # Q2.3b: with lambda 1 nothing is asked of the codes
-    # What is summed over an epoch, in the order of `parts` below
-    losses = ["train_mse", *(["gen_loss", "disc_loss", "disc_accuracy"] if adversarial else [])]
-    step, seconds, rows = 0, 0.0, []
-    sums = torch.zeros(len(losses), device=device)  # of the losses over the epoch's images so far
-    if state:
-        ae_optimizer.load_state_dict(state["optimizer"]["autoencoder"])
-        d_optimizer.load_state_dict(state["optimizer"]["discriminator"])
-        if state["scaler"]:  # empty after training without float16
-            scaler.load_state_dict(state["scaler"])
-        step, seconds, rows = (state[key] for key in ("step", "seconds", "rows"))
-        sums = state["sums"].to(device)
-        common.write_metrics(run, rows)
-    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
-    total_steps = args.epochs * steps_per_epoch
-
-    def save_last():
-        common.save_checkpoint(run / "last.pt", {
-            "model": model.state_dict(), "optimizer": {
-                "autoencoder": ae_optimizer.state_dict(),
-                "discriminator": d_optimizer.state_dict()},
-            "scaler": scaler.state_dict(), "step": step, "seconds": seconds, "rows": rows,
-            "sums": sums, "args": vars(args)})
-
-    def stop_here():
-        print(f"stopped after step {step}; go on with: python aae.py --resume {run}")
-        sys.exit(130)
-
-    if step == 0:
-        save_last()
-        val_mse, codes = evaluate(model, data.val)
-        print(f"epoch   0/{args.epochs} | untrained    | val {val_mse:.4f} | "
-              f"{format_moments(code_moments(codes))}", flush=True)
-        draw_images(model, data.val, data.val_labels, run, heading, 0, "_epoch_000")
-        draw_codes(model, codes, data.val_labels, run, heading)
-
-    with common.StopRequest() as stop:
-        for epoch in range(len(rows) + 1, args.epochs + 1):
-            began, seen = time.perf_counter(), 0
-            order = common.epoch_order(len(data.train), args.seed, epoch, device)
-            batches = order.split(args.batch_size)
-            batches = batches[step - (epoch - 1) * steps_per_epoch:]  # resumed within an epoch
-            bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" img",
-                       unit_scale=args.batch_size, disable=None, leave=False)
-            for indices in bar:
-                # Both rates rise in the first tenth of the steps and fall to zero in the rest.
-                progress = (step + 0.5) / total_steps
-                scale = min(progress / 0.1, (1 - progress) / 0.9)
-                ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
-                d_optimizer.param_groups[0]["lr"] = args.d_lr * scale
-                common.seed_step(device, args.seed, step)  # so a resumed run draws the same
-                x = to_float(data.train[indices])  # [B, 1, 28, 28]
-
-                # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-                # In the paper the autoencoder learns to reconstruct, then the discriminator
-                # learns, then the encoder learns to fool it. The assignment joins the first and
-                # the third, and has the discriminator first; here it is second, on the codes of
-                # the same pass of the encoder. Both orders ended equally well.
-                with autocast:
-                    recon, z = model(x)
-                    loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
-                # The gradient passes through the discriminator; its weights get none.
-                scaler.scale(loss).backward(inputs=autoencoder)
-                scaler.step(ae_optimizer)
-                ae_optimizer.zero_grad()
-
-                # -- Phase 2, discriminator: tell these codes from draws of the prior -------------
-                if adversarial:
-                    with autocast:
-                        disc, accuracy = model.discriminator_loss(z.detach())
-                    scaler.scale(disc).backward()
-                    scaler.step(d_optimizer)
-                    d_optimizer.zero_grad()
-                scaler.update()
-
-                parts = [rec, gen, disc, accuracy] if adversarial else [rec]
-                sums += torch.stack(parts).detach() * len(x)
-                step += 1
-                seen += len(x)
-                if step % 50 == 0:  # not each time: reading a loss waits for the device
-                    bar.set_postfix_str(f"mse {rec.item():.4f}")
-                    if not sums.isfinite().all():
-                        raise common.UserError(
-                            f"a loss is not finite by step {step}: start again with a lower "
-                            f"--ae-lr or --d-lr ({run / 'last.pt'} keeps the last good model)")
-                if stop.asked and step < epoch * steps_per_epoch:  # else at the epoch's end, below
-                    bar.close()
-                    seconds += time.perf_counter() - began
-                    save_last()
-                    stop_here()
-            train = dict(zip(losses, (sums / len(data.train)).tolist(), strict=True))
-            sums.zero_()
-            images_per_s = seen / (time.perf_counter() - began)
-            val_mse, codes = evaluate(model, data.val)
-            moments = code_moments(codes)
-            seconds += time.perf_counter() - began
-            rows.append({"epoch": epoch, "step": step, "seconds": round(seconds, 2),
-                         "images_per_s": round(images_per_s), **train, "val_mse": val_mse,
-                         **moments})
-            save_last()
-            common.write_metrics(run, rows)
-            players = ("gen {gen_loss:.3f} disc {disc_loss:.3f} accuracy {disc_accuracy:.3f} | "
-                       .format(**train) if adversarial else "")
-            print(f"epoch {epoch:3d}/{args.epochs} | train {train['train_mse']:.4f} | "
-                  f"val {val_mse:.4f} | {players}{format_moments(moments)} | "
-                  f"{images_per_s / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
-            if epoch in (1, 2, 5) or epoch % 10 == 0:
-                draw_images(model, data.val, data.val_labels, run, heading, epoch,
-                            f"_epoch_{epoch:03d}")
-                draw_codes(model, codes, data.val_labels, run, heading)
-                draw_curves(rows, run, heading)
-            if stop.asked:
-                stop_here()
-    return rows
-
-
-@torch.no_grad()
-def report_test(model, data):
-    """Print the model's results on the test images. -> dict of them, codes [N, z_dim]"""
-    torch.set_float32_matmul_precision("highest")  # no TF32 in the distances below
+def test_figures(model, data):
+    """Print and return the figures of a finished model. -> dict, test codes [N, z_dim]"""
     mse, codes = evaluate(model, data.test)
-    torch.manual_seed(1)  # with evaluate's 0 the prior would repeat a Gaussian encoder's noise
-    distance, floor = [], []
-    for _ in range(10):
-        prior, more_prior = torch.randn_like(codes), torch.randn_like(codes)
-        distance.append(sliced_wasserstein(codes, prior, 100))
-        floor.append(sliced_wasserstein(more_prior, prior, 100))
-    distance, floor = sum(distance) / 10, sum(floor) / 10
     moments = code_moments(codes)
+    # In float64 on the CPU, so that the distances are exact whatever the device computes with.
+    codes64, distance, floor = codes.double().cpu(), 0, 0
+    torch.manual_seed(1)  # with 0 the prior would repeat the noise of the encoder in evaluate
+    for _ in range(10):
+        prior, other = torch.randn_like(codes64), torch.randn_like(codes64)
+        distance += sliced_wasserstein(codes64, prior, 100) / 10
+        floor += sliced_wasserstein(other, prior, 100) / 10
     print(f"test: mse {mse:.4f} | {format_moments(moments)} | sliced Wasserstein distance to the "
           f"prior {distance:.4f}, {distance / floor:.1f} times that between draws of the prior")
 
-    # As many samples as there are test images: 10,000, as in the paper.
+    # As many samples as there are test images, 10,000 as in the paper.
     samples = torch.cat([model.sample(len(part)) for part in data.test.split(500)])
-    samples = (samples + 1) / 2
-    val = data.val[:1000] / 255
+    samples, val, test = ((samples + 1) / 2).double().cpu(), data.val[:1000] / 255, data.test / 255
     sigmas = [10**(i / 20 - 1) for i in range(21)]  # 0.1 to 1
-    sigma = max(sigmas, key=lambda s: parzen_log_likelihood(samples, val, s).mean().item())
-    parzen = parzen_log_likelihood(samples, data.test / 255, sigma).mean().item()
+    likelihoods = parzen_log_likelihood(samples, val.double().cpu(), sigmas).mean(1)
+    sigma = sigmas[likelihoods.argmax()]
+    parts = tqdm(test.double().cpu().split(500), "Parzen window", disable=None, leave=False)
+    parzen = torch.cat([parzen_log_likelihood(samples, x, [sigma])[0] for x in parts]).mean().item()
     print(f"Parzen window of {len(samples):,} samples, sigma {sigma:.2f}: {parzen:.0f} nats per "
           "test image (the paper, with 10,000 samples of MNIST: 340 +- 2)", flush=True)
     return {"test_mse": mse, **moments, "sliced_wasserstein": distance,
             "sliced_wasserstein_floor": floor, "parzen": parzen, "parzen_sigma": sigma}, codes
 
 
-def parse_args(argv=None, run_args=None):
-    parser = argparse.ArgumentParser(
-        prog="aae.py", description="Train an adversarial autoencoder on MNIST.",
-        allow_abbrev=False)
-    default = "(default: %(default)s)"
-    group = parser.add_argument_group("model")
-    group.add_argument("--z-dim", type=common.integer(1), default=8,
-                       help=f"latent dimensions {default}")
-    group.add_argument("--posterior", choices=POSTERIORS, default="deterministic",
-                       help=f"what the encoder makes of an image: a code, a Gaussian to draw it "
-                       f"from, or a code that also depends on noise {default}")
-    group = parser.add_argument_group("training")
-    group.add_argument("--lam", type=common.number(0, 1), default=0.995,
-                       help="weight of the reconstruction, from 0 to 1; the rest is that of "
-                       f"fooling the discriminator, and with 1 there is none {default}")
-    group.add_argument("--epochs", type=common.integer(1), default=20,
-                       help=f"passes over the training images {default}")
-    group.add_argument("--batch-size", type=common.integer(1), default=32,
-                       help=f"images a step {default}")
-    group.add_argument("--ae-lr", type=common.positive, default=3e-3,
-                       help=f"highest learning rate of encoder and decoder {default}")
-    group.add_argument("--d-lr", type=common.positive, default=1e-4,
-                       help=f"highest learning rate of the discriminator {default}")
-    group.add_argument("--seed", type=common.integer(0), default=42,
-                       help=f"of the weights, the order of the data and the noise {default}")
-    group = parser.add_argument_group("data, device and run")
-    group.add_argument("--dataset", choices=common.DATASETS, help="default: mnist, or the built-in "
-                       "glyphs where it can be neither found nor downloaded")
-    group.add_argument("--data-dir", default="data", metavar="DIR",
-                       help=f"where the dataset is, or is downloaded to {default}")
-    group.add_argument("--limit", type=common.integer(1), metavar="N", help="a quick try: only N "
-                       "training images and N / 10 of validation and test (default: all)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                       help=f"auto takes cuda, else mps, else cpu {default}")
-    group.add_argument("--no-amp", action="store_true", help="no autocast to bfloat16 or "
-                       "float16 on CUDA (elsewhere there is none anyway)")
-    group.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
-                       "holds something gets a suffix (default: runs/aae-z8-lam0.995 for "
-                       "--z-dim 8 --lam 0.995)")
-    group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
-                       "arguments; only --device and --data-dir may be given beside it")
-    group.add_argument("--eval", metavar="DIR", help="print the test figures of the run in DIR and "
-                       "draw its pictures, without training")
-    parser.set_defaults(script="aae.py")
-    return common.parse_run_args(parser, argv, run_args)
+# -- Pictures ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_pictures(model, images, labels, codes, run, heading, epoch):
+    """Samples, reconstructions of one of `images` for each label (Q2.4 to Q2.7), and their codes
+    [N, z_dim] beside the prior."""
+    torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
+    common.save_image(run / f"samples_epoch_{epoch:03d}.png",
+                      common.tile((model.sample(64) + 1) / 2, 8),
+                      f"{heading}\nsamples after {epoch} epochs")
+    originals = to_float(common.one_of_each(images, labels))
+    pairs = (torch.cat([originals, model(originals)[0]]) + 1) / 2
+    common.save_image(run / f"reconstructions_epoch_{epoch:03d}.png",
+                      common.tile(pairs, len(originals)),
+                      f"{heading}\noriginals and reconstructions after {epoch} epochs")
+    codes = codes.cpu()
+    if model.z_dim == 2:
+        z = common.prior_grid(20).to(images.device)
+        common.save_image(run / "manifold.png",
+                          common.tile((model.decoder(z) + 1) / 2, 20, gap=0),
+                          f"{heading}\nwhat the decoder makes of the prior's percentiles")
+        common.save_scatter(run / "codes.png", codes, labels, f"{heading}\ncodes of "
+                            f"{len(codes):,} images; circles: 1, 2, 3 sigma of the prior")
+        return
+    shown, reach = min(model.z_dim, 20), max(4, codes.abs().max().item())
+    grid = math.ceil(shown / 4), min(shown, 4)  # rows and columns
+    z = torch.linspace(-reach, reach, 200)
+    density = torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi)
+    title = f"{heading}\ncodes of {len(codes):,} images; line: the prior"
+    with common.picture(run / "codes.png", 2.5 * grid[1] + 1, 1.7 * grid[0] + 0.7, title) as figure:
+        for i in range(shown):
+            axes = figure.add_subplot(*grid, i + 1, yticks=[])
+            axes.hist(codes[:, i].numpy(), bins=60, range=(-reach, reach), density=True)
+            axes.plot(z, density, "k", linewidth=1)
+            axes.set_ylim(0, 0.6)  # half as much again as the prior's peak
+            axes.set_title(f"z[{i}]: mean {codes[:, i].mean():.2f}, std {codes[:, i].std():.2f}",
+                           fontsize="small")
+
+
+def draw_curves(rows, run, heading, **levels):
+    """The losses by epoch, and `levels` as lines beside the reconstruction's."""
+    def curves(**names):
+        return {label: [row[name] for row in rows] for label, name in names.items()}
+
+    epochs = [row["epoch"] for row in rows]
+    common.save_curves(run / "mse.png", f"{heading}\nreconstruction",
+                       "mean squared error per pixel in [-1, 1]", epochs,
+                       curves(train="train_mse", val="val_mse"), levels)
+    if "disc_loss" in rows[0]:
+        common.save_curves(
+            run / "adversary.png", f"{heading}\nencoder against discriminator",
+            "nats; accuracy as a fraction", epochs,
+            curves(generator="gen_loss", discriminator="disc_loss", accuracy="disc_accuracy"),
+            {"losses of a perfect match": math.log(2), "accuracy of a perfect match": 0.5})
 
 
 @common.command("aae.py")
 def main(argv=None):
-    args, state = parse_args(argv), None
-    if args.resume is not None or args.eval is not None:
-        run = Path(args.eval if args.resume is None else args.resume)
-        state = common.load_checkpoint(run / "last.pt", "aae.py")
-        args = parse_args(argv, state["args"])  # the run's own, but for what is given now
-    device, dtype = common.pick_device(args.device, not args.no_amp)
+    # -- Arguments, device and data -----------------------------------------------------------
+    parser = argparse.ArgumentParser(
+        prog="aae.py", description="Train an adversarial autoencoder on MNIST.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--z-dim", type=common.number(int, 1), default=8, help="latent dimensions")
+    parser.add_argument("--posterior", choices=POSTERIORS, default="deterministic",
+                        help="what the encoder makes of an image: a code, a Gaussian to draw it "
+                        "from, or a code that also depends on noise")
+    parser.add_argument("--lam", type=common.number(float, 0, 1), default=0.995,
+                        help="weight of the reconstruction; with 1 there is no adversary")
+    parser.add_argument("--ae-lr", type=common.number(float, 0), default=3e-3,
+                        help="highest learning rate of encoder and decoder")
+    parser.add_argument("--d-lr", type=common.number(float, 0), default=1e-4,
+                        help="highest learning rate of the discriminator")
+    common.add_run_arguments(parser, batch_size=32)
+    args, state = common.parse_args(parser, argv, may_change={"epochs", "ae_lr", "d_lr"})
+
+    device, dtype = common.pick_device(args.device, amp=not args.no_amp)
+    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already
     data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
-    stand_in = data.name == "glyphs" and args.dataset is None
     args.dataset = data.name
-
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
-    title = common.TITLES.get(data.name, data.name)
-    heading = f"AAE on {title}, z {args.z_dim}, lambda {args.lam:g}"
+    heading = f"AAE on {common.TITLES[data.name]}, z {args.z_dim}, lambda {args.lam:g}"
     if args.posterior != "deterministic":
-        name += f"-{args.posterior}"
-        heading += f", {args.posterior}"
+        name, heading = f"{name}-{args.posterior}", f"{heading}, {args.posterior}"
     if data.name != "mnist":
-        name += f"-{data.name}"
+        name = f"{name}-{data.name}"
 
+    # -- Model and optimizers -----------------------------------------------------------------
     torch.manual_seed(args.seed)
     model = AdversarialAE(args.z_dim, args.posterior)
+    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
+    forward, autoencoder_loss, discriminator_loss = map(
+        common.compiler(args.compile, device),
+        (model, model.autoencoder_loss, model.discriminator_loss))
+    autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
+    ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
+                                     weight_decay=0.1, fused=True)
+    # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
+    d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
+                                   betas=(0.5, 0.99), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    adversarial = args.lam < 1
+    rows = []  # one an epoch
+
+    # -- A new run, or an old one to go on with -----------------------------------------------
     if state:
         model.load_state_dict(state["model"])
-    else:
-        run = common.new_run_folder(args.out_dir or f"runs/{name}")
-        common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
-    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
+        ae_optimizer.load_state_dict(state["ae_optimizer"])
+        d_optimizer.load_state_dict(state["d_optimizer"])
+        if state["scaler"]:  # empty after training without float16
+            scaler.load_state_dict(state["scaler"])
+        rows = state["rows"]
+    run = common.open_run(args, state, name)
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; {len(data.train):,} train, {len(data.val):,} val, "
-          f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps; "
-          f"-> {run}", flush=True)
+          f"{len(data.test):,} test images; {args.epochs} epochs of {steps_per_epoch:,} steps, "
+          f"{len(rows)} of them done, saved after each; -> {run}", flush=True)
+    if not rows:
+        val_mse, codes = evaluate(model, data.val)
+        print(f"epoch   0/{args.epochs} | untrained    | val {val_mse:.4f} | "
+              f"{format_moments(code_moments(codes))}", flush=True)
+        draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch=0)
 
-    if args.eval is None:
-        rows = fit(model, data, args, run, dtype, heading, state)
-        epoch = args.epochs
-    else:
-        epoch = state["step"] / steps_per_epoch
-        print(f"the run's state after {epoch:g} of {args.epochs} epochs:")
-    results, codes = report_test(model, data)
-    draw_images(model, data.val, data.val_labels, run, heading, epoch)
-    draw_codes(model, codes, data.test_labels, run, heading)
-    if args.eval is None:
-        draw_curves(rows, run, heading, results["test_mse"])
-        results |= {"epoch": epoch, "seconds": rows[-1]["seconds"], "device": str(device),
-                    "torch": torch.__version__}
-        common.write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
-    if stand_in:
-        print("warning: no MNIST, so all this is of the built-in glyphs", file=sys.stderr)
-    print(run)
+    # -- Training -----------------------------------------------------------------------------
+    for epoch in range(len(rows) + 1, args.epochs + 1):
+        torch.manual_seed(hash((args.seed, epoch)))  # a resumed run draws what this one draws
+        began, sums = time.perf_counter(), 0
+        order = torch.randperm(len(data.train)).to(device)
+        bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
+                   unit_scale=args.batch_size, disable=None, leave=False)
+        for step, indices in enumerate(bar, (epoch - 1) * steps_per_epoch):
+            # Both rates rise in the first tenth of the steps, then fall to zero.
+            progress = (step + 0.5) / (args.epochs * steps_per_epoch)
+            scale = min(progress / 0.1, (1 - progress) / 0.9)
+            ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
+            d_optimizer.param_groups[0]["lr"] = args.d_lr * scale
+            x = to_float(data.train[indices])  # [B, 1, 28, 28]
+
+            # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
+            # The paper has three phases: reconstruct, train the discriminator, fool it. As in the
+            # assignment, the first and the last are one here. It comes before the discriminator's,
+            # which then learns from the codes of the same pass of the encoder.
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                recon, z = forward(x)
+                loss, rec, gen = autoencoder_loss(x, recon, z, args.lam)
+            # Gradients pass through the discriminator, but are kept for the autoencoder alone.
+            scaler.scale(loss).backward(inputs=autoencoder)
+            scaler.step(ae_optimizer)
+            ae_optimizer.zero_grad()
+            losses = [rec]
+
+            # -- Phase 2, discriminator: tell these codes from draws of the prior -------------
+            if adversarial:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    disc, accuracy = discriminator_loss(z.detach())
+                scaler.scale(disc).backward()
+                scaler.step(d_optimizer)
+                d_optimizer.zero_grad()
+                losses = [rec, gen, disc, accuracy]
+            scaler.update()
+
+            sums += torch.stack(losses).detach() * len(x)
+            if step % 50 == 49:  # not each time: to read a loss is to wait for the device
+                bar.set_postfix_str(f"mse {rec.item():.4f}")
+                if not sums.isfinite().all():
+                    raise common.UserError(
+                        f"a loss is not finite at step {step + 1}: start again with a lower "
+                        f"--ae-lr or --d-lr ({run} holds what was saved)")
+        train = dict(zip(("train_mse", "gen_loss", "disc_loss", "disc_accuracy"),
+                         (sums / len(data.train)).tolist(), strict=False))
+        train_seconds = time.perf_counter() - began
+        val_mse, codes = evaluate(model, data.val)
+        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)
+        moments = code_moments(codes)
+        rows.append({"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
+                     "images_per_s": round(len(data.train) / train_seconds), **train,
+                     "val_mse": val_mse, **moments})
+        common.save_checkpoint(run / "last.pt", {
+            "model": model.state_dict(), "ae_optimizer": ae_optimizer.state_dict(),
+            "d_optimizer": d_optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows,
+            "args": vars(args)})
+        common.write_json(run / "metrics.jsonl", *rows)
+        players = ("gen {gen_loss:.3f} disc {disc_loss:.3f} accuracy {disc_accuracy:.3f} | "
+                   .format(**train) if adversarial else "")
+        print(f"epoch {epoch:3d}/{args.epochs} | train {train['train_mse']:.4f} | "
+              f"val {val_mse:.4f} | {players}{format_moments(moments)} | "
+              f"{rows[-1]['images_per_s'] / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
+        if epoch in (1, 2, 5) or epoch % 10 == 0:
+            draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch)
+            draw_curves(rows, run, heading)
+
+    # -- The last model on the test images ----------------------------------------------------
+    figures, codes = test_figures(model, data)
+    draw_pictures(model, data.test, data.test_labels, codes, run, heading, len(rows))
+    draw_curves(rows, run, heading, test=figures["test_mse"])
+    common.close_run(run, rows, figures | {"epoch": len(rows), "device": str(device)}, "aae.py")
+    print(f"{heading} -> {run}")
 
 
 if __name__ == "__main__":

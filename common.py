@@ -1,130 +1,121 @@
-"""What the scripts share and no model owns.
-
-Errors that a person can act on · device and precision · seeds · images in memory ·
-the run folder, its metrics and its checkpoints · pictures. There is nothing here to learn
-about a model: read vae.py first, and come here for a name that it does not define.
-"""
+"""What the scripts share and no model owns: the command line, device, images in memory, the run's
+folder and its checkpoints, pictures. Nothing here is about a model: read vae.py first, and come
+back for a name that it does not define."""
 
 import argparse
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
-import pickle
-import signal
+import re
+import shutil
 import socket
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+# -- The command line and its errors ----------------------------------------------------------
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can put right; the message says how."""
+    """A mistake that the person at the keyboard can put right; the message says how."""
 
 
-@contextlib.contextmanager
+@contextlib.contextmanager  # which also makes a decorator
 def command(script):
-    """Decorate a script's `main`: a mistake ends in one line on stderr and exit status 2.
-
-    Ctrl-C exits with 130, and a reader that went away (`| head`) ends the script quietly.
-    """
+    """A decorator for `main`: a UserError, or too little memory, ends in one line on standard
+    error and status 2, Ctrl-C in one and 130, and a closed pipe (`| head`) in silence."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # closed by 2>&-, or never there (pythonw)
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that it cannot encode becomes "?"
     try:
         yield
-    except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # Python flushes stdout once more on its way out; give it somewhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        if not any(words in reason for words in (  # torch's, on a GPU, on Linux and on Windows
-                "out of memory", "allocate memory", "not enough memory")):
-            raise
-        print(f"{script}: error: there is not enough memory ({reason}): choose a smaller model or "
-              "--batch-size", file=sys.stderr)
+    except (UserError, RuntimeError) as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            if not re.search("out of memory|allocate memory|not enough memory", message):
+                raise
+            message = ("there is not enough memory: choose a smaller model or --batch-size "
+                       f"({message.splitlines()[0]})")
+        print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
+        print(f"\n{script}: stopped; --resume with the run's folder goes on from the last "
+              "checkpoint", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # at exit Python flushes stdout again: let it go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
-def integer(minimum):
-    """An argparse type: an integer of at least `minimum`."""
-
+def number(kind, low, high=2**32 - 1):
+    """An argparse type: an int or a float (`kind`) from low to high, so neither inf nor nan."""
     def parse(text):
-        if not minimum <= (value := int(text)) < 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is out of range (from {minimum})")
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return value
-
-    parse.__name__ = "integer"  # argparse says "invalid integer value: 'two'"
+    parse.__name__ = kind.__name__  # argparse says "invalid int value: 'two'"
     return parse
 
 
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def add_run_arguments(parser, batch_size=None):
+    """The flags of every script that trains; with a default for --batch-size also those of every
+    script that trains on images."""
+    add = parser.add_argument
+    if batch_size:
+        add("--epochs", type=number(int, 1), default=20, help="passes over the training images")
+        add("--batch-size", type=number(int, 1), default=batch_size, help="images per step")
+        add("--dataset", choices=["auto", *TITLES], default="auto", help="auto takes mnist; where "
+            "it is not there and cannot be downloaded, glyphs: digits drawn from fonts")
+    add("--limit", type=number(int, 1), metavar="N", help="a quick try: the first N training "
+        "images and N / 10 of validation and test, or the first N characters")
+    add("--seed", type=number(int, 0), default=42, help="of weights, order of the data and noise")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="auto takes cuda, else mps, else cpu")
+    add("--no-amp", action="store_true", help="no autocast to 16 bits (only CUDA has one)")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--data-dir", default="data", metavar="DIR", help="where the data is or is downloaded to")
+    add("--out-dir", metavar="DIR", help="the run's folder, if not one in runs/; gets a suffix "
+        "where it already holds something")
+    add("--resume", metavar="DIR", help="go on with the run in DIR under its own arguments; with "
+        "nothing left to train, print its test figures")
+    parser.set_defaults(script=parser.prog)
 
 
-def number(minimum, maximum=float("inf")):
-    """An argparse type: a finite number from `minimum` to `maximum`, both of which it may be."""
+def parse_args(parser, argv, may_change):
+    """-> the arguments, and with --resume the content of the run's last.pt, else None
 
-    def parse(text):
-        if not minimum <= (value := float(text)) <= maximum or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
-        return value
-
-    parse.__name__ = "number"  # argparse says "invalid number value: 'two'"
-    return parse
-
-
-def parse_run_args(parser, argv, run_args):
-    """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
-    at again: beside --resume or --eval only --device, --data-dir and --text may be given."""
-    argv = sys.argv[1:] if argv is None else argv
-    run_args = argparse.Namespace(**run_args | {"resume": None, "eval": None}) if run_args else None
-    args = parser.parse_args(argv, run_args)
-    given = [word.split("=")[0] for word in argv if word.startswith("--")]
-    for flag in {"--resume", "--eval"}.intersection(given):
-        if others := set(given) - {flag, "--device", "--data-dir", "--text"}:
-            parser.error(f"{flag} keeps the run's own arguments: leave out {' '.join(others)}")
-    return args
+    With --resume the run's own arguments are the defaults; only flags in `may_change`, and those
+    that say how to compute, may differ from them. Raises UserError for others.
+    """
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args, None
+    if args.out_dir is not None:
+        raise UserError("--resume goes on in the run's own folder: leave out --out-dir")
+    state = load_checkpoint(Path(args.resume, "last.pt"), parser.prog)
+    parser.set_defaults(**state["args"])
+    args = parser.parse_args(argv)
+    for name in state["args"].keys() - {"resume", "out_dir", "device", "no_amp", "compile",
+                                        "data_dir", *may_change}:
+        if getattr(args, name) != (value := state["args"][name]):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit the "
+                            f"run, which has {value}: leave it out, or start a new run")
+    return args, state
 
 
-class StopRequest:
-    """Within the `with` block Ctrl-C and SIGTERM only set `asked`, which the loop reads after
-    each step; a second Ctrl-C acts at once."""
-
-    def __enter__(self):
-        self.asked = False
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, signum, frame):
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------------------------------
-# Device, precision, seeds
+# -- The device -------------------------------------------------------------------------------
 
 
 def pick_device(name, amp):
@@ -132,151 +123,114 @@ def pick_device(name, amp):
 
     Raises UserError where the device that `name` asks for is not there.
     """
-    # In training ever more activations and gradients come to lie below 1e-38, where a CPU
-    # computes many times more slowly: such numbers are taken for zero. Threads inherit the mode
-    # from the one that starts them, so it is set before torch has computed anything.
-    torch.set_flush_denormal(True)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    found += ["cpu"]
     if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
+        name = found[0]
+    if name not in found:
         raise UserError(f"--device {name}: this machine (or this build of torch) has none; "
                         "--device auto takes what is there")
     dtype = torch.float32
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions have it already
-        if amp:
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = torch.bfloat16 if native else torch.float16
+    if name == "cuda" and amp:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float16
     return torch.device(name), dtype
 
 
-def seed_for(*numbers):
-    """A seed of its own for numbers such as (seed, step); zeros at their end do not count. With
-    their sum, seed 1 would see at step 0 what seed 0 sees at step 1."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def compiler(wanted, device):
+    """-> torch.compile if it is wanted and works here, else a function that changes nothing"""
+    if wanted:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+            return lambda function: torch.compile(function, dynamic=False)  # each shape by itself
+        except Exception as error:  # no C++ compiler, an old GPU, ...: each raises its own
+            print(f"warning: --compile does not work here ({str(error).strip().splitlines()[0]}); "
+                  "going on without it", file=sys.stderr)
+    return lambda function: function
 
 
-def seed_step(device, *numbers):
-    """Start the random numbers of `device` anew, from seed_for(*numbers)."""
-    if device.type == "cpu":  # torch.manual_seed takes 0.4 ms to note it for absent devices, too
-        torch.default_generator.manual_seed(seed_for(*numbers))
-    else:
-        torch.manual_seed(seed_for(*numbers))
+# -- Images -----------------------------------------------------------------------------------
 
-
-def epoch_order(num_images, seed, epoch, device):
-    """The order in which `epoch` visits the images, the same on every device. -> [num_images]"""
-    # The 1 tells it from the seed of step number `epoch`.
-    generator = torch.Generator().manual_seed(seed_for(seed, epoch, 1))
-    return torch.randperm(num_images, generator=generator).to(device)
-
-
-# ---------------------------------------------------------------------------------------------
-# Images
-
-# The unpacked files of MNIST and of the datasets in its format: MD5 (of MNIST's alone) and shape.
-RAW_FILES = {
-    "train-images-idx3-ubyte": ("6bbc9ace898e44ae57da46a324031adb", (60_000, 28, 28)),
-    "train-labels-idx1-ubyte": ("a25bea736e30d166cdddb491f175f624", (60_000,)),
-    "t10k-images-idx3-ubyte": ("2646ac647ad5339dbf082846283269ea", (10_000, 28, 28)),
-    "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", (10_000,)),
-}
-# torchvision's names: of the classes, of the folders that they download to, and in our titles
-TITLES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-DATASETS = [*TITLES, "glyphs"]
+# The names of --dataset -> torchvision's names of its classes and folders
+TITLES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "glyphs": "glyphs"}
+RAW_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_MD5 = "df934f9eb93f7ea5d223226cfb084043"  # of the pixels of all 70,000 images
 TIMEOUT = 15  # seconds that a download waits for an answer
 
 
-class Images(NamedTuple):
-    """A dataset in memory: uint8 images [N, 1, 28, 28] on the device, labels [N] on the CPU."""
-    name: str
-    train: torch.Tensor
-    val: torch.Tensor
-    val_labels: torch.Tensor
-    test: torch.Tensor
-    test_labels: torch.Tensor
-
-
 def load_mnist(dataset, data_dir, limit, device):
-    """Read MNIST, or the like of it that `dataset` names (see DATASETS), into memory. -> Images
+    """Read MNIST, or the dataset of 28x28 images that --dataset names, into memory.
 
-    With `dataset` None it is MNIST, and the built-in glyphs only where MNIST can be neither found
-    nor downloaded. Training images are split 54,000 / 6,000 by a fixed permutation.
-    Raises UserError for damaged files, and for a named dataset that cannot be had.
+    -> its name; train, val and test, uint8 [N, 1, 28, 28] on the device; val_labels and
+    test_labels, int64 [N] on the CPU. A fixed permutation splits the 60,000 training images into
+    54,000 and 6,000 for validation. Raises UserError for damaged files, and for a dataset asked
+    for by name that cannot be had.
     """
+    name = "mnist" if dataset == "auto" else dataset
     try:
-        images, labels = draw_glyphs() if dataset == "glyphs" else read_files(
-            dataset or "mnist", Path(data_dir))
+        images, labels = draw_glyphs() if name == "glyphs" else read_images(name, Path(data_dir))
     except ConnectionError as error:
-        if dataset:
+        if dataset != "auto":
             raise UserError(f"{error}: run once online, or pass --dataset glyphs") from error
         print(f"warning: {error}: using the built-in glyphs instead", file=sys.stderr)
-        dataset = "glyphs"
-        images, labels = draw_glyphs()
+        return load_mnist("glyphs", data_dir, limit, device)
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(42))
-    few = limit and max(1, limit // 10)
-    train, val = order[:54_000][:limit], order[54_000:][:few]
-    test = torch.arange(60_000, 70_000)[:few]
-    return Images(dataset or "mnist", images[train].to(device), images[val].to(device),
-                  labels[val], images[test].to(device), labels[test])
+    train, val, test = order[:54_000], order[54_000:], torch.arange(60_000, 70_000)
+    if limit:
+        few = max(1, limit // 10)
+        train, val, test = train[:limit], val[:few], test[:few]
+    return SimpleNamespace(name=name, train=images[train].to(device), val=images[val].to(device),
+                           val_labels=labels[val], test=images[test].to(device),
+                           test_labels=labels[test])
 
 
-def read_files(dataset, data_dir):
+def read_images(name, data_dir):
     """-> images [70000, 1, 28, 28] and labels [70000], the 10,000 of the test set last
 
-    Raises UserError for files that are damaged, ConnectionError for a failed download.
+    Raises UserError for damaged files, ConnectionError where there are none to be had.
     """
-    raw = data_dir / TITLES[dataset] / "raw"
+    title, timeout = TITLES[name], socket.getdefaulttimeout()
+    raw = data_dir / title / "raw"
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder")
-    if not all((raw / name).exists() for name in RAW_FILES):
-        download(TITLES[dataset], data_dir)
-    arrays = []
-    for name, (md5, shape) in RAW_FILES.items():
-        content = (raw / name).read_bytes()
-        header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()  # 0x800: of bytes
-        intact = content.startswith(header) and len(content) == len(header) + math.prod(shape)
-        if dataset == "mnist":
-            intact = intact and hashlib.md5(content).hexdigest() == md5
-        if not intact:
-            raise UserError(f"{raw / name} is damaged: delete it, and it is downloaded again")
-        array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
-        arrays.append(torch.tensor(array))
-    train, train_labels, test, test_labels = arrays
-    return torch.cat([train, test]).unsqueeze(1), torch.cat([train_labels, test_labels])
-
-
-def download(folder, data_dir):
-    """Let torchvision download into a temporary folder, and move the files in when all are there.
-
-    Raises ConnectionError where that fails, after TIMEOUT seconds without an answer.
-    """
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
     try:
-        import torchvision  # here, as a torchvision that was not built for this torch won't load
+        from torchvision import datasets  # here: it fails to import where it does not fit torch
 
-        # In data_dir, or near it where it is not there yet: a download that fails makes no folder.
-        near = next(path for path in (data_dir, *data_dir.absolute().parents) if path.is_dir())
-        with tempfile.TemporaryDirectory(dir=near) as temporary:
-            getattr(torchvision.datasets, folder)(temporary, download=True)
-            raw = data_dir / folder / "raw"
-            raw.mkdir(parents=True, exist_ok=True)
-            for name in RAW_FILES:
-                os.replace(Path(temporary, folder, "raw", name), raw / name)
+        if not all((raw / file).is_file() for file in RAW_FILES):
+            # A download that breaks off shall leave nothing: so it goes to a temporary folder, on
+            # the same disk, together with what is there already (torchvision unpacks a .gz).
+            parent = next(p for p in (data_dir, *data_dir.absolute().parents) if p.is_dir())
+            socket.setdefaulttimeout(TIMEOUT)
+            with tempfile.TemporaryDirectory(dir=parent) as temporary:
+                new = Path(temporary, title, "raw")
+                if raw.is_dir():
+                    shutil.copytree(raw, new)
+                getattr(datasets, title)(temporary, download=True)
+                raw.mkdir(parents=True, exist_ok=True)
+                for file in RAW_FILES:
+                    os.replace(new / file, raw / file)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConnectionError(f"{folder} is not in {data_dir}/ and could not be downloaded "
-                              f"({reason})") from error
+        raise ConnectionError(f"{title} is not in {raw} ({', '.join(RAW_FILES)}, or these as .gz) "
+                              f"and could not be downloaded ({reason})") from error
     finally:
         socket.setdefaulttimeout(timeout)
+    try:
+        train, test = (getattr(datasets, title)(data_dir, train=train) for train in (True, False))
+        images = torch.cat([train.data, test.data]).view(70_000, 1, 28, 28)
+        labels = torch.cat([train.targets, test.targets]).view(70_000)
+        intact = name != "mnist" or hashlib.md5(images.numpy()).hexdigest() == MNIST_MD5
+    except Exception:  # torchvision's parser raises whatever it comes upon
+        intact = False
+    if not intact:
+        raise UserError(f"a file in {raw} is damaged: delete this folder to download it again")
+    return images, labels
 
 
 def draw_glyphs():
     """A stand-in for MNIST that needs no network: digits in matplotlib's own fonts, each turned,
-    slanted, scaled and shifted at random; the same 70,000 images every time.
+    slanted, scaled and shifted at random; always the same 70,000 images.
 
     -> images [70000, 1, 28, 28], labels [70000]
     """
@@ -284,150 +238,204 @@ def draw_glyphs():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    stamps = []
+    stamps = []  # [56, 56] each: digits 0 to 9 of the first font, then of the next
     fonts = sorted(Path(matplotlib.get_data_path(), "fonts/ttf").glob("DejaVuS*[!y].ttf"))
-    for font, digit in itertools.product(fonts, "0123456789"):  # all but the ...Display fonts
-        figure = Figure(figsize=(1, 1), dpi=56)
-        figure.text(0.5, 0.5, digit, size=62, font=font, ha="center", va="center")
-        canvas = FigureCanvasAgg(figure)
+    for font, digit in itertools.product(fonts, "0123456789"):
+        canvas = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=56))
+        canvas.figure.text(0.5, 0.5, digit, size=62, font=font, ha="center", va="center")
         canvas.draw()
         stamps.append(255 - np.asarray(canvas.buffer_rgba())[..., 0])
     stamps = torch.from_numpy(np.stack(stamps)).float().unsqueeze(1)  # [fonts * 10, 1, 56, 56]
 
-    n, generator = 70_000, torch.Generator().manual_seed(0)
-    choice = torch.randint(len(stamps), (n,), generator=generator)
-    noise = torch.randn(n, 2, 3, generator=generator) * torch.tensor([0.12, 0.12, 0.06])
-    affine = torch.tensor([[1.1, 0, 0], [0, 1.1, 0]]) + noise  # [n, 2, 3]
-    images = torch.empty(n, 1, 28, 28, dtype=torch.uint8)
-    for part in torch.arange(n).split(5000):
+    generator = torch.Generator().manual_seed(0)
+    choice = torch.randint(len(stamps), (70_000,), generator=generator)
+    noise = torch.randn(70_000, 2, 3, generator=generator) * torch.tensor([0.12, 0.12, 0.06])
+    affine = torch.tensor([[1.1, 0, 0], [0, 1.1, 0]]) + noise  # turn, slant, scale | shift
+    images = torch.empty(70_000, 1, 28, 28, dtype=torch.uint8)
+    for part in torch.arange(70_000).split(5000):
         grid = F.affine_grid(affine[part], [len(part), 1, 28, 28], align_corners=False)
         images[part] = F.grid_sample(stamps[choice[part]], grid, align_corners=False).byte()
     return images, choice % 10
 
 
-# ---------------------------------------------------------------------------------------------
-# The run folder
+# -- The run's folder and its checkpoints -----------------------------------------------------
 
 
-def new_run_folder(path):
-    """Create and return `path`, or path-2, path-3, ... where it already holds something."""
+def new_run_folder(path, args):
+    """Make the folder `path`, or path-2, path-3, ... where it already holds something. -> its path
+
+    Of two runs that want the same folder at once, the one that makes args.json there gets it.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):  # "." has no name that a suffix could follow
+        path = path.resolve()
     for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
         folder = Path(f"{path}{suffix}")
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"the folder {folder} cannot be made ({error.strerror}): "
-                                "pass another --out-dir") from error
-            return folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                with open(folder / "args.json", "x", encoding="utf-8") as file:
+                    file.write(json.dumps(vars(args), indent=2) + "\n")
+                return folder
+        except FileExistsError:  # it is a file, or another run was first
+            continue
+        except OSError as error:
+            raise UserError(f"the folder {folder} cannot be made ({error.strerror}): "
+                            "pass another --out-dir") from error
 
 
-def write_text(path, text):
-    """Write a whole file or none: to a temporary name, then moved over the old one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def open_run(args, state, name):
+    """-> the folder of a new run, or with --resume (and `state`, its last.pt) that of the old one,
+    which takes the new arguments if there is something left to train"""
+    if state is None:
+        return new_run_folder(args.out_dir or f"runs/{name}", args)
+    run, before = Path(args.resume), state["args"]["epochs"]
+    if args.epochs > len(state["rows"]):
+        if args.epochs > before:
+            print(f"{args.epochs} epochs instead of {before}: the learning rate rises once more")
+        (run / "test.json").unlink(missing_ok=True)  # it belongs to the shorter run
+        save_checkpoint(run / "last.pt", state | {"args": vars(args)})
+        write_json(run / "args.json", vars(args), indent=2)
+    return run
 
 
-def write_metrics(folder, rows):
-    """metrics.jsonl: one row an epoch or evaluation."""
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+def close_run(run, rows, figures, script):
+    """Write test.json at the end of a run, but not where --resume only looks at one."""
+    epochs = load_checkpoint(run / "last.pt", script)["args"]["epochs"]
+    if len(rows) == epochs and not (run / "test.json").exists():
+        write_json(run / "metrics.jsonl", *rows)  # the run may have been killed just before it
+        write_json(run / "test.json", figures | {"seconds": rows[-1]["seconds"],
+                                                 "torch": torch.__version__}, indent=2)
 
 
-def save_checkpoint(path, state):
-    """Write `state` (tensors and plain Python values) whole, or leave the old file as it was.
+def save(path, write):
+    """Let write(file) write to a temporary file, which then replaces `path`: whole or not at all.
 
-    Raises UserError for a model that is not finite, and where the file cannot be written.
+    Raises UserError where that fails, on a full disk say.
     """
-    if not all(weights.isfinite().all() for weights in state["model"].values()):
-        raise UserError(f"the model is not finite after step {state['step']}: start again with "
-                        f"a lower learning rate ({path} keeps the last good model)")
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError from torch
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); what was there before "
+        # On a full disk torch.save raises a RuntimeError while it handles the OSError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"{path} cannot be written ({reason.strerror}); what was there before "
                         "is untouched") from error
 
 
-def load_checkpoint(path, script):
-    """Read what save_checkpoint wrote. -> dict, its tensors on the CPU
+def write_json(path, *rows, indent=None):
+    """Each of `rows` as JSON, one after another."""
+    text = "".join(json.dumps(row, indent=indent) + "\n" for row in rows)
+    save(path, lambda file: file.write(text.encode("utf-8")))
 
-    Raises UserError where there is none, where it is damaged (every byte is checked against
-    the file's own checksums, which torch.load does not do) or where another script wrote it.
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain Python values: "model" (its weights), "args" and more.
+
+    Raises UserError where weights are inf or nan, or where the file cannot be written.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not there: {path.parent} is not the folder of a run")
+    if not all(weights.isfinite().all() for weights in state["model"].values()):
+        raise UserError("the weights are no longer finite: start again with a lower learning rate "
+                        f"(what {path.parent} holds is from before)")
+    save(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, script):
+    """Read what save_checkpoint wrote. -> the dict, its tensors on the CPU
+
+    Raises UserError where the file is missing, damaged, or written by another script.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         writer = state["args"]["script"]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
-            TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} is damaged or no checkpoint ({reason}): put a copy of it back, or "
-                        "start a new run") from error
+    except Exception as error:  # a dozen kinds, from FileNotFoundError to UnpicklingError
+        raise UserError(f"{path} is missing or damaged ({' '.join(str(error).split())}): put a "
+                        "copy of it back, or start a new run") from error
     if writer != script:
         raise UserError(f"{path} was written by {writer}, not by {script}")
     return state
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
+# -- Pictures ---------------------------------------------------------------------------------
 
 
-def new_figure(width, height, title):
-    """A matplotlib figure of width x height inches, drawn without a window or global state."""
-    from matplotlib.figure import Figure
+@contextlib.contextmanager
+def picture(path, width, height, title):
+    """`with picture(...) as figure:` draw on a figure of width x height inches, then saved."""
+    from matplotlib.figure import Figure  # here, as it is slow; without pyplot, so no window
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    # medium: the first line of some titles is long; parse_math: a file name may hold a $
-    figure.suptitle(title, fontsize="medium", parse_math=False)
-    return figure
+    figure.suptitle(title, fontsize="medium", parse_math=False)  # a folder's name may hold a $
+    yield figure
+    save(path, lambda file: figure.savefig(file, format="png"))
 
 
-def tile(images, columns):
-    """[N, 1, H, W] in [0, 1] -> one image, row by row, a one-pixel gap between them."""
-    padded = F.pad(images, (0, 1, 0, 1), value=0.5).squeeze(1)  # [N, H + 1, W + 1]
-    grid = padded.unflatten(0, (-1, columns))  # [rows, columns, H + 1, W + 1]
-    return grid.transpose(1, 2).flatten(2).flatten(0, 1)[:-1, :-1]  # [rows * (H + 1) - 1, ...]
+def prior_grid(size):
+    """Points of a plane, the percentiles (i + 0.5) / size of N(0, I): z[0] grows to the right and
+    z[1] upwards. -> [size**2, 2], row by row from the top"""
+    ticks = torch.special.ndtri((torch.arange(size) + 0.5) / size)  # the normal's inverse CDF
+    z1, z0 = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
+    return torch.stack([z0.flatten(), z1.flatten()], 1)
+
+
+def one_of_each(images, labels):
+    """The first image of each label. -> [10, 1, 28, 28], or fewer where a label has none"""
+    first = [(labels == label).nonzero()[0, 0] for label in labels.unique()]
+    return images[torch.stack(first).to(images.device)]
+
+
+def tile(images, columns, gap=1):
+    """[N, 1, H, W] in [0, 1] -> one image, row by row, with `gap` grey pixels between them"""
+    padded = F.pad(images.squeeze(1), (gap, 0, gap, 0), value=0.5)  # [N, gap + H, gap + W]
+    rows = [torch.cat([*row], 1) for row in padded.split(columns)]
+    return torch.cat(rows)[gap:, gap:]
 
 
 def save_image(path, image, title):
-    """One grey-scale image [H, W] in [0, 1], with about two screen pixels for each of its own."""
+    """One grey-scale image [H, W] in [0, 1], two screen pixels wide for each of its own."""
     height, width = image.shape
-    figure = new_figure(width / 60, height / 60 + 0.6, title)
-    axes = figure.add_subplot()
-    axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.set_axis_off()
-    figure.savefig(path)
+    with picture(path, width / 60, height / 60 + 0.6, title) as figure:  # 0.6 for the title
+        axes = figure.add_subplot()
+        axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+
+
+def save_scatter(path, z, labels, title):
+    """Points z [N, 2] coloured by label, and circles at 1, 2 and 3 sigma of the prior N(0, I)."""
+    reach = max(4, z.abs().max().item())
+    with picture(path, 6, 6, title) as figure:
+        axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal",
+                                  xlim=(-reach, reach), ylim=(-reach, reach))
+        points = axes.scatter(*z.T, c=labels, s=2, cmap="tab10", vmin=0, vmax=9)
+        angle = torch.linspace(0, 2 * math.pi, 200)
+        for sigma in (1, 2, 3):
+            axes.plot(sigma * angle.cos(), sigma * angle.sin(), "k", linewidth=1)
+        figure.legend(*points.legend_elements(), loc="outside right center")
 
 
 def save_curves(path, title, ylabel, x, curves, levels, xlabel="epoch"):
-    """`curves`: name -> a value for each of `x`; `levels`: name -> a value or None, a dashed line.
+    """`curves`: name -> a value for each of `x`; `levels`: name -> the height of a dashed line.
 
-    The scale leaves out each curve's first value, which would squash the rest: a mean over the
-    first epoch has the untrained model in it.
+    The first value, a mean that has the untrained model in it, would squash the rest. It is left
+    out as soon as there are others.
     """
-    figure = new_figure(7, 4, title)
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    for name, values in curves.items():
-        axes.plot(x, values, marker=".", label=f"{name} {values[-1]:.4f}")
-    for name, value in levels.items():
-        if value is not None:
-            axes.axhline(value, color="k", linestyle="--", linewidth=1, label=f"{name} {value:.4f}")
-    later = [value for values in curves.values() for value in values[1:] or values]
-    later += [value for value in levels.values() if value is not None]
-    margin = 0.05 * (max(later) - min(later)) or 0.05
-    axes.set_ylim(min(later) - margin, max(later) + margin)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
+    start = min(1, len(x) - 1)
+    with picture(path, 7, 4, title) as figure:
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        for name, values in curves.items():
+            axes.plot(x[start:], values[start:], marker=".", label=f"{name} {values[-1]:.4f}")
+        for name, height in levels.items():
+            axes.axhline(height, color="k", linestyle="--", label=f"{name} {height:.4f}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()

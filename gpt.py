@@ -48,6 +48,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -695,6 +696,98 @@ def load_tokenizer(name_or_path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Arguments, stops, seeds and small files
+
+
+def integer(minimum):
+    """An argparse type: an integer of at least `minimum`."""
+
+    def parse(text):
+        if not minimum <= (value := int(text)) < 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is out of range (from {minimum})")
+        return value
+
+    parse.__name__ = "integer"  # argparse says "invalid integer value: 'two'"
+    return parse
+
+
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def number(minimum, maximum=float("inf")):
+    """An argparse type: a finite number from `minimum` to `maximum`, both of which it may be."""
+
+    def parse(text):
+        if not minimum <= (value := float(text)) <= maximum or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value: 'two'"
+    return parse
+
+
+def parse_run_args(parser, argv, run_args):
+    """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
+    at again: beside --resume or --eval only --device, --data-dir and --text may be given."""
+    argv = sys.argv[1:] if argv is None else argv
+    run_args = argparse.Namespace(**run_args | {"resume": None, "eval": None}) if run_args else None
+    args = parser.parse_args(argv, run_args)
+    given = [word.split("=")[0] for word in argv if word.startswith("--")]
+    for flag in {"--resume", "--eval"}.intersection(given):
+        if others := set(given) - {flag, "--device", "--data-dir", "--text"}:
+            parser.error(f"{flag} keeps the run's own arguments: leave out {' '.join(others)}")
+    return args
+
+
+class StopRequest:
+    """Within the `with` block Ctrl-C and SIGTERM only set `asked`, which the loop reads after
+    each step; a second Ctrl-C acts at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, signum, frame):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def seed_for(*numbers):
+    """A seed of its own for numbers such as (seed, step); zeros at their end do not count. With
+    their sum, seed 1 would see at step 0 what seed 0 sees at step 1."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_step(device, *numbers):
+    """Start the random numbers of `device` anew, from seed_for(*numbers)."""
+    if device.type == "cpu":  # torch.manual_seed takes 0.4 ms to note it for absent devices, too
+        torch.default_generator.manual_seed(seed_for(*numbers))
+    else:
+        torch.manual_seed(seed_for(*numbers))
+
+
+def write_text(path, text):
+    """Write a whole file or none: to a temporary name, then moved over the old one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_metrics(folder, rows):
+    """metrics.jsonl: one row an epoch or evaluation."""
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------
 # The text, and the processes that share it
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -740,7 +833,7 @@ def find_text(data_dir, stand_in):
         print(f"warning: {error}; this run learns Python's documentation", file=sys.stderr)
         path = path.with_name(STAND_IN)
         if not path.exists():
-            common.write_text(path, "\n".join(topics.values()))
+            write_text(path, "\n".join(topics.values()))
     return path
 
 
@@ -831,7 +924,7 @@ def tokenize(text, tokenizer, folder, block_size):
 def random_windows(tokens, number, block_size, seed, step):
     """What a step learns from, however many processes share it: windows that begin anywhere in
     `tokens`. -> [number, block_size + 1]"""
-    generator = torch.Generator().manual_seed(common.seed_for(seed, step))
+    generator = torch.Generator().manual_seed(seed_for(seed, step))
     starts = torch.randint(len(tokens) - block_size, (number, 1), generator=generator)
     windows = tokens[starts.numpy() + np.arange(block_size + 1)]
     return torch.from_numpy(windows.astype(np.int64))
@@ -945,7 +1038,7 @@ def draw_sample(model, tokenizer, run, step):
     idx = torch.tensor([[tokenizer.start]], device=device)
     tokens = model.generate(idx, 200, top_k=40, generator=generator)
     text = tokenizer.decode(tokens[0, 1:].tolist())
-    common.write_text(run / f"sample_step_{step:06d}.txt", text)
+    write_text(run / f"sample_step_{step:06d}.txt", text)
     print(textwrap.indent(text, "    "), flush=True)
 
 
@@ -1007,7 +1100,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
     if step == 0:
         best, bits = evaluate(model, val, tokenizer, part_size, dtype)
     if rank == 0:
-        common.write_metrics(run, rows)
+        write_metrics(run, rows)
         if step == 0:
             save_best(bits)
             save_last()
@@ -1015,7 +1108,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                   f"{bits:.3f} bits/byte", flush=True)
             draw_sample(model, tokenizer, run, step)
 
-    with common.StopRequest() as stop:
+    with StopRequest() as stop:
         while not rows or rows[-1]["step"] < args.max_steps:
             began, resumed_at = time.perf_counter(), step
             until = min((len(rows) + 1) * args.eval_every, args.max_steps)
@@ -1027,7 +1120,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                 # For dropout; with the last number 0 it would be the seed of the windows below.
-                common.seed_step(device, args.seed, step, 1 + rank)
+                seed_step(device, args.seed, step, 1 + rank)
 
                 windows = random_windows(train, args.batch_size, block_size, args.seed, step)
                 mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
@@ -1083,7 +1176,7 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
                 if improved:
                     save_best(bits)
                 save_last()
-                common.write_metrics(run, rows)
+                write_metrics(run, rows)
                 print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
                       f"val {val_loss:.4f} | {bits:.3f} bits/byte | "
                       f"lr {rows[-1]['lr']:.1e} norm {grad_norm:.2f} | "
@@ -1099,9 +1192,18 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
 # The command line
 
 
+def pick_device(args):
+    """common.pick_device, and the modes that all of gpt.py computes in"""
+    device, dtype = common.pick_device(args.device, not args.no_amp)
+    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions have it already
+    return device, dtype
+
+
 def write_samples(args):
     """The `generate` command: texts to standard output, all else to standard error."""
-    device, dtype = common.pick_device(args.device, not args.no_amp)
+    device, dtype = pick_device(args)
     try:
         prompt = args.prompt
         if prompt == "-":
@@ -1203,7 +1305,7 @@ def train_model(args, argv):
         run = Path(args.resume)
         state = common.load_checkpoint(run / "last.pt", "gpt.py")
         args = parse_args(argv, state["args"])  # the run's own, but for what is given now
-    device, dtype = common.pick_device(args.device, not args.no_amp)
+    device, dtype = pick_device(args)
     if state is None:
         args.defaults = ("init" if args.init != "scratch" else
                          "cuda" if device.type == "cuda" else "cpu")
@@ -1274,8 +1376,7 @@ def train_model(args, argv):
     heading = f"GPT on {text.path.name}, {kind}"
     if rank == 0:
         if state is None:
-            run = common.new_run_folder(run)
-            common.write_text(run / "args.json", json.dumps(vars(args), indent=2) + "\n")
+            run = common.new_run_folder(run, args)
             for file in getattr(tokenizer, "files", ()):
                 shutil.copy(file, run)
         config, count = model.config, sum(p.numel() for p in model.parameters())
@@ -1298,7 +1399,7 @@ def train_model(args, argv):
         results = {"val_loss": best["val"], "val_bits_per_byte": best["val_bits_per_byte"],
                    "step": best["step"], "seconds": rows[-1]["seconds"], "device": str(device),
                    "torch": torch.__version__}
-        common.write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
+        write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
         print(f"best: step {best['step']}, val {best['val']:.4f}; to read more of it: "
               f"python gpt.py generate --model {run}")
         if stand_in:
@@ -1326,19 +1427,19 @@ def parse_args(argv=None, run_args=None):
                        "without a space at its end; - reads it from standard input (default: "
                        "nothing, so that a new text is begun)")
     group = command.add_argument_group("sampling")
-    group.add_argument("--num-samples", type=common.integer(1), default=1,
+    group.add_argument("--num-samples", type=integer(1), default=1,
                        help=f"how many texts, made as one batch {default}")
-    group.add_argument("--max-new-tokens", type=common.integer(0), default=200,
+    group.add_argument("--max-new-tokens", type=integer(0), default=200,
                        help=f"how many tokens at most each goes on for {default}")
     group.add_argument("--greedy", action="store_true",
                        help="always the most probable token, instead of the three below")
-    group.add_argument("--temperature", type=common.number(0), default=1.0, help="below 1 favours "
+    group.add_argument("--temperature", type=number(0), default=1.0, help="below 1 favours "
                        f"the more probable tokens, above 1 the others, 0 is greedy {default}")
-    group.add_argument("--top-k", type=common.integer(0), default=40,
+    group.add_argument("--top-k", type=integer(0), default=40,
                        help=f"draw from the k most probable tokens, 0: from all {default}")
-    group.add_argument("--top-p", type=common.number(0, 1), default=1.0, help="draw from the most "
+    group.add_argument("--top-p", type=number(0, 1), default=1.0, help="draw from the most "
                        f"probable tokens that make up this share of the probability {default}")
-    group.add_argument("--seed", type=common.integer(0), default=42,
+    group.add_argument("--seed", type=integer(0), default=42,
                        help=f"another seed, another text {default}")
     group = command.add_argument_group("device")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
@@ -1362,39 +1463,39 @@ def parse_args(argv=None, run_args=None):
     group.add_argument("--init", default="scratch", metavar="scratch|NAME|DIR|FILE", help="weights "
                        f"to go on from, as for generate --model, or none {default}")
     group.add_argument("--size", choices=SIZES, help="the next three by name")
-    group.add_argument("--n-layer", type=common.integer(1), help=by_recipe("n_layer"))
-    group.add_argument("--n-head", type=common.integer(1), help=by_recipe("n_head"))
-    group.add_argument("--n-embd", type=common.integer(1), help=by_recipe("n_embd"))
-    group.add_argument("--block-size", type=common.integer(1), metavar="T", help="tokens that the "
+    group.add_argument("--n-layer", type=integer(1), help=by_recipe("n_layer"))
+    group.add_argument("--n-head", type=integer(1), help=by_recipe("n_head"))
+    group.add_argument("--n-embd", type=integer(1), help=by_recipe("n_embd"))
+    group.add_argument("--block-size", type=integer(1), metavar="T", help="tokens that the "
                        f"model sees at once ({by_recipe('block_size')}, at most 256 for init)")
-    group.add_argument("--dropout", type=common.number(0, 1), help=by_recipe("dropout"))
+    group.add_argument("--dropout", type=number(0, 1), help=by_recipe("dropout"))
     group = trainer.add_argument_group("training")
-    group.add_argument("--max-steps", type=common.integer(1), help=by_recipe("max_steps"))
-    group.add_argument("--eval-every", type=common.integer(1), metavar="STEPS", help="how often to "
+    group.add_argument("--max-steps", type=integer(1), help=by_recipe("max_steps"))
+    group.add_argument("--eval-every", type=integer(1), metavar="STEPS", help="how often to "
                        f"validate, save and write a sample ({by_recipe('eval_every')})")
-    group.add_argument("--batch-size", type=common.integer(1), help="sequences a step, of all "
+    group.add_argument("--batch-size", type=integer(1), help="sequences a step, of all "
                        f"processes together ({by_recipe('batch_size')})")
-    group.add_argument("--grad-accum", type=common.integer(1), default=1, help="in how many parts "
+    group.add_argument("--grad-accum", type=integer(1), default=1, help="in how many parts "
                        f"each process takes its share of them, to save memory {default}")
     group.add_argument("--optimizer", choices=["muon", "adamw"], help="muon for the matrices of "
                        f"the layers and adamw for the rest, or adamw ({by_recipe('optimizer')})")
-    group.add_argument("--lr", type=common.positive, help="highest learning rate (default: "
+    group.add_argument("--lr", type=positive, help="highest learning rate (default: "
                        f"{RATES['muon']} / n_embd with muon, {RATES['adamw']} / n_embd with "
                        f"adamw, {RECIPES['init']['lr']} for init)")
-    group.add_argument("--min-lr", type=common.number(0), default=0.0,
+    group.add_argument("--min-lr", type=number(0), default=0.0,
                        help=f"learning rate at the end {default}")
-    group.add_argument("--warmup", type=common.integer(0), metavar="STEPS", help="in which the "
+    group.add_argument("--warmup", type=integer(0), metavar="STEPS", help="in which the "
                        "learning rate rises (default: a twentieth of all)")
-    group.add_argument("--weight-decay", type=common.number(0), default=0.1,
+    group.add_argument("--weight-decay", type=number(0), default=0.1,
                        help=f"of matrices and embeddings {default}")
-    group.add_argument("--grad-clip", type=common.number(0), default=1.0,
+    group.add_argument("--grad-clip", type=number(0), default=1.0,
                        help=f"longest gradient, others are shortened to it; 0: any {default}")
-    group.add_argument("--seed", type=common.integer(0), default=42,
+    group.add_argument("--seed", type=integer(0), default=42,
                        help=f"of the weights, the batches and the dropout {default}")
     group = trainer.add_argument_group("data, device and run")
     group.add_argument("--data-dir", default="data", metavar="DIR", help="where tiny Shakespeare "
                        f"is, or is downloaded to, and gpt2/ with GPT-2's tokenizer {default}")
-    group.add_argument("--limit", type=common.integer(1), metavar="N",
+    group.add_argument("--limit", type=integer(1), metavar="N",
                        help="a quick try: only the first N characters of the text (default: all)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                        help=f"auto takes cuda, else mps, else cpu {default}")
@@ -1408,7 +1509,7 @@ def parse_args(argv=None, run_args=None):
 
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
-        args = common.parse_run_args(trainer, argv[1:], run_args)
+        args = parse_run_args(trainer, argv[1:], run_args)
         own = [f"--{name.replace('_', '-')}" for name in ("size", "n_layer", "n_head", "n_embd")
                if getattr(args, name) is not None]
         if args.init != "scratch" and own and not run_args:
@@ -1425,9 +1526,15 @@ def parse_args(argv=None, run_args=None):
 @common.command("gpt.py")
 def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # not everywhere the default, as on Windows
+        # Not everywhere the default, as on Windows; what cannot be encoded becomes "?".
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args(argv)
-    train_model(args, argv) if args.command == "train" else write_samples(args)
+    try:
+        train_model(args, argv) if args.command == "train" else write_samples(args)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a file that is not there, a download that failed
+        raise common.UserError(error) from error
 
 
 if __name__ == "__main__":
