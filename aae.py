@@ -6,23 +6,24 @@
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    |.|^2 is the mean over the pixels, a few hundredths in a trained model. The second term is of
-    the size of ln 2, so lambda has to be close to 1 for the first one to count.
+    |.|^2 is the mean over the pixels, a few hundredths in a trained model. The encoder's loss in
+    the second term is near ln 2 = 0.69, so lambda has to be close to 1 for the first to count.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                a plain autoencoder
     python aae.py --z-dim 2              a latent space that can be looked at
     python aae.py --z-dim 20 --posterior gaussian
                                          a stochastic encoder (or --posterior universal)
-    python aae.py --resume runs/aae-z8-lam0.995 --epochs 100
-                                         go on with a run, here beyond its end
+    python aae.py --resume runs/aae-z8-lam0.995
+                                         go on with a run that was stopped; with --epochs 100
+                                         beyond its end
 
 A run leaves a folder in runs/: args.json, metrics.jsonl (a row an epoch), last.pt, test.json, and
 as pictures the losses by epoch, samples, reconstructions, and the codes beside the prior. --resume
 of a finished run prints its test figures and draws the pictures again.
 
-The model is the one of the University of Amsterdam's Deep Learning Practical 3 (2023); a comment
-with "Q2.1" answers its question 2.1. In comments on shapes B is the batch size.
+The model is that of the University of Amsterdam's Deep Learning Practical 3 (2023). Comments that
+begin with Q2.1, Q2.3, ... answer its questions. In comments on shapes B is the batch size.
 """
 
 import argparse
@@ -48,23 +49,23 @@ def to_float(images):
 
 
 def init(layer, gain=2**0.5):
-    """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) and zero biases. The gain of sqrt(2)
-    is He's: it makes up for the half of its input that a ReLU sets to zero."""
+    """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) times `gain`, and zero biases. Before
+    a rectifier the usual gain is sqrt(2) (He et al., 2015, arXiv:1502.01852), else 1."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def at_least_float32(x):
-    """Losses are computed in float32, also where autocast computes the layers in 16 bits."""
+    """float32 for the 16 bits that autocast computes in; float64 stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Encoder(nn.Module):
     """E: images [B, 1, 28, 28] in [-1, 1] -> codes [B, z_dim], one draw from q(z|x) for each.
 
-    The convolutions are those of Tutorial 9 of the UvA Deep Learning notebooks. There are the
-    three posteriors q(z|x) of the paper's section 2. Q2.1: q(z) is their mean over the images x.
+    The convolutions are those of Tutorial 9 of the UvA Deep Learning notebooks. q(z|x) is one of
+    the three posteriors of the paper's section 2. Q2.1: q(z) is the mean of q(z|x) over the images.
 
     - "deterministic": z is a function of x, so all randomness of q(z) comes from the data.
     - "gaussian": q(z|x) = N(mean(x), diag(std(x)^2)), so q(z) is a mixture of Gaussians.
@@ -83,7 +84,8 @@ class Encoder(nn.Module):
             init(nn.Conv2d(2 * c, 2 * c, 3, padding=1)), nn.ReLU(),            # 7x7
             init(nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1)), nn.ReLU(),  # 7x7 -> 4x4
             nn.Flatten())                                                      # [B, 2c * 4 * 4]
-        features, self.noise_dim = 2 * c * 4 * 4, 32
+        features = 2 * c * 4 * 4
+        self.noise_dim = 32  # of the universal posterior; any number of this size does
         if posterior == "deterministic":
             self.out = init(nn.Linear(features, z_dim), gain=1)
         elif posterior == "gaussian":
@@ -100,8 +102,8 @@ class Encoder(nn.Module):
         z = at_least_float32(self.out(h))
         if self.posterior == "gaussian":
             mean, log_std = z.chunk(2, dim=1)  # [B, z_dim] each
-            # The log std stays within -5..5, so that its exp cannot overflow. Where clamp would
-            # have no gradient outside this range, tanh always has one.
+            # The log std is bounded to -5..5, so that its exp cannot overflow; smoothly, as clamp
+            # would leave no gradient to a value that once got outside.
             z = mean + torch.exp(5 * torch.tanh(log_std / 5)) * torch.randn_like(mean)
         return z
 
@@ -134,7 +136,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, z_dim=8):
         super().__init__()
-        # Without batch normalisation, with which a code's output would depend on other codes.
+        # Torch's own initial weights, and no batch normalisation: with it the output for a code
+        # would depend on the other codes of the batch.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 512), nn.LeakyReLU(0.2),
@@ -184,8 +187,8 @@ class AdversarialAE(nn.Module):
         loss is ln 2 and the accuracy 0.5.
         """
         real, fake = self.discriminator(torch.cat([torch.randn_like(z), z])).chunk(2)  # [B, 1] each
-        # -1/2 mean log D(z) - 1/2 mean log(1 - D(E(x))): the factor 1 - lambda of the objective
-        # would not change which D is best. (The assignment prints 1 - log D, a misprint.)
+        # -(mean log D(z) + mean log(1 - D(E(x)))) / 2. The objective's factor 1 - lambda is left
+        # out: it would not change which D is best.
         loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
@@ -193,7 +196,7 @@ class AdversarialAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n):
-        """Decode n draws of the prior. -> images in [-1, 1], [n, 1, 28, 28]"""
+        """Decode n draws of the prior. -> images [n, 1, 28, 28] in [-1, 1]"""
         weight = self.decoder.net[0].weight
         return self.decoder(torch.randn(n, self.z_dim, device=weight.device, dtype=weight.dtype))
 
@@ -237,7 +240,7 @@ def evaluate(model, images):
 
     uint8 images [N, 1, 28, 28] -> mean squared error per pixel, codes [N, z_dim]
     """
-    torch.manual_seed(0)  # the same noise each time; an epoch of training seeds anew
+    torch.manual_seed(0)  # the same noise each time; training seeds anew for its next epoch
     squared_error, codes = 0, []
     for part in images.split(500):
         x = to_float(part)
@@ -247,16 +250,15 @@ def evaluate(model, images):
     return (squared_error / len(images)).item(), torch.cat(codes)
 
 
+MOMENTS = ("codes mean {code_mean_min:.2f}..{code_mean_max:.2f} "
+           "std {code_std_min:.2f}..{code_std_max:.2f}")
+
+
 def code_moments(codes):
     """The ranges, over the dimensions, of the means and standard deviations of codes [N, z_dim]."""
-    means, stds = codes.mean(0), codes.std(0, correction=0)  # [z_dim] each
-    return {"code_mean_min": means.min().item(), "code_mean_max": means.max().item(),
-            "code_std_min": stds.min().item(), "code_std_max": stds.max().item()}
-
-
-def format_moments(moments):
-    return ("codes mean {code_mean_min:.2f}..{code_mean_max:.2f} "
-            "std {code_std_min:.2f}..{code_std_max:.2f}").format(**moments)
+    mean, std = codes.mean(0), codes.std(0, correction=0)  # [z_dim] each
+    return {"code_mean_min": mean.min().item(), "code_mean_max": mean.max().item(),
+            "code_std_min": std.min().item(), "code_std_max": std.max().item()}
 
 
 @torch.no_grad()
@@ -264,24 +266,23 @@ def test_figures(model, data):
     """Print and return the figures of a finished model. -> dict, test codes [N, z_dim]"""
     mse, codes = evaluate(model, data.test)
     moments = code_moments(codes)
-    # In float64 on the CPU, so that the distances are exact whatever the device computes with.
-    codes64, distance, floor = codes.double().cpu(), 0, 0
-    torch.manual_seed(1)  # with 0 the prior would repeat the noise of the encoder in evaluate
+    codes64 = codes.double().cpu()  # in float64, without the rounding of TF32
+    torch.manual_seed(1)  # not evaluate's 0, from which a stochastic encoder drew its noise
+    distance, floor = 0, 0
     for _ in range(10):
         prior, other = torch.randn_like(codes64), torch.randn_like(codes64)
         distance += sliced_wasserstein(codes64, prior, 100) / 10
         floor += sliced_wasserstein(other, prior, 100) / 10
-    print(f"test: mse {mse:.4f} | {format_moments(moments)} | sliced Wasserstein distance to the "
+    print(f"test: mse {mse:.4f} | {MOMENTS.format(**moments)} | sliced Wasserstein distance to the "
           f"prior {distance:.4f}, {distance / floor:.1f} times that between draws of the prior")
 
-    # As many samples as there are test images, 10,000 as in the paper.
+    # As many samples as test images (10,000 as in the paper), and sigma chosen on validation images
     samples = torch.cat([model.sample(len(part)) for part in data.test.split(500)])
-    samples, val, test = ((samples + 1) / 2).double().cpu(), data.val[:1000] / 255, data.test / 255
+    samples, val, test = (images.double().cpu() for images in (
+        (samples + 1) / 2, data.val[:1000] / 255, data.test / 255))
     sigmas = [10**(i / 20 - 1) for i in range(21)]  # 0.1 to 1
-    likelihoods = parzen_log_likelihood(samples, val.double().cpu(), sigmas).mean(1)
-    sigma = sigmas[likelihoods.argmax()]
-    parts = tqdm(test.double().cpu().split(500), "Parzen window", disable=None, leave=False)
-    parzen = torch.cat([parzen_log_likelihood(samples, x, [sigma])[0] for x in parts]).mean().item()
+    sigma = sigmas[parzen_log_likelihood(samples, val, sigmas).mean(1).argmax()]
+    parzen = parzen_log_likelihood(samples, test, [sigma]).mean().item()
     print(f"Parzen window of {len(samples):,} samples, sigma {sigma:.2f}: {parzen:.0f} nats per "
           "test image (the paper, with 10,000 samples of MNIST: 340 +- 2)", flush=True)
     return {"test_mse": mse, **moments, "sliced_wasserstein": distance,
@@ -293,8 +294,8 @@ def test_figures(model, data):
 
 @torch.no_grad()
 def draw_pictures(model, images, labels, codes, run, heading, epoch):
-    """Samples, reconstructions of one of `images` for each label (Q2.4 to Q2.7), and their codes
-    [N, z_dim] beside the prior."""
+    """Samples, reconstructions of one image of each label (Q2.4 to Q2.7), and the `codes`
+    [N, z_dim] of all `images` beside the prior."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_image(run / f"samples_epoch_{epoch:03d}.png",
                       common.tile((model.sample(64) + 1) / 2, 8),
@@ -329,23 +330,19 @@ def draw_pictures(model, images, labels, codes, run, heading, epoch):
 
 
 def draw_curves(rows, run, heading, **levels):
-    """The losses by epoch, and `levels` as lines beside the reconstruction's."""
-    def curves(**names):
-        return {label: [row[name] for row in rows] for label, name in names.items()}
-
-    epochs = [row["epoch"] for row in rows]
+    """The losses by epoch; `levels`, such as test=0.05, are dashed lines in the first picture."""
     common.save_curves(run / "mse.png", f"{heading}\nreconstruction",
-                       "mean squared error per pixel in [-1, 1]", epochs,
-                       curves(train="train_mse", val="val_mse"), levels)
+                       "mean squared error per pixel in [-1, 1]", rows,
+                       {"train": "train_mse", "val": "val_mse"}, levels)
     if "disc_loss" in rows[0]:
         common.save_curves(
             run / "adversary.png", f"{heading}\nencoder against discriminator",
-            "nats; accuracy as a fraction", epochs,
-            curves(generator="gen_loss", discriminator="disc_loss", accuracy="disc_accuracy"),
+            "nats; accuracy as a fraction", rows, {
+                "generator": "gen_loss", "discriminator": "disc_loss", "accuracy": "disc_accuracy"},
             {"losses of a perfect match": math.log(2), "accuracy of a perfect match": 0.5})
 
 
-@common.command("aae.py")
+@common.command("aae.py")  # ends a mistake in one line, without a traceback
 def main(argv=None):
     # -- Arguments, device and data -----------------------------------------------------------
     parser = argparse.ArgumentParser(
@@ -362,14 +359,15 @@ def main(argv=None):
     parser.add_argument("--d-lr", type=common.number(float, 0), default=1e-4,
                         help="highest learning rate of the discriminator")
     common.add_run_arguments(parser, batch_size=32)
+    # state: the content of the run's last.pt where --resume is given, else None
     args, state = common.parse_args(parser, argv, may_change={"epochs", "ae_lr", "d_lr"})
 
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)
     torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already
+        torch.set_float32_matmul_precision("high")  # TF32, torch's default for convolutions
     data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
-    args.dataset = data.name
+    args.dataset = data.name  # what "auto" came to
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
     heading = f"AAE on {common.TITLES[data.name]}, z {args.z_dim}, lambda {args.lam:g}"
     if args.posterior != "deterministic":
@@ -381,9 +379,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = AdversarialAE(args.z_dim, args.posterior)
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    forward, autoencoder_loss, discriminator_loss = map(
-        common.compiler(args.compile, device),
-        (model, model.autoencoder_loss, model.discriminator_loss))
+    steps = model, model.autoencoder_loss, model.discriminator_loss
+    if args.compile and common.can_compile(device):
+        steps = [torch.compile(step, dynamic=False) for step in steps]  # one graph a batch size
+    forward, autoencoder_loss, discriminator_loss = steps
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
                                      weight_decay=0.1, fused=True)
@@ -411,18 +410,21 @@ def main(argv=None):
     if not rows:
         val_mse, codes = evaluate(model, data.val)
         print(f"epoch   0/{args.epochs} | untrained    | val {val_mse:.4f} | "
-              f"{format_moments(code_moments(codes))}", flush=True)
+              f"{MOMENTS.format(**code_moments(codes))}", flush=True)
         draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        torch.manual_seed(hash((args.seed, epoch)))  # a resumed run draws what this one draws
-        began, sums = time.perf_counter(), 0
+        # From here on a resumed run draws the same numbers. (hash does not vary for integers.)
+        torch.manual_seed(hash((args.seed, epoch)))
+        began = time.perf_counter()
+        sums = 0  # of the losses over the epoch's images
         order = torch.randperm(len(data.train)).to(device)
         bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
                    unit_scale=args.batch_size, disable=None, leave=False)
         for step, indices in enumerate(bar, (epoch - 1) * steps_per_epoch):
-            # Both rates rise in the first tenth of the steps, then fall to zero.
+            # The schedule: both rates rise in the first tenth of the steps, then fall to zero. (A
+            # run that is extended goes to its place in the longer one.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             scale = min(progress / 0.1, (1 - progress) / 0.9)
             ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
@@ -430,17 +432,17 @@ def main(argv=None):
             x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
             # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-            # The paper has three phases: reconstruct, train the discriminator, fool it. As in the
-            # assignment, the first and the last are one here. It comes before the discriminator's,
-            # which then learns from the codes of the same pass of the encoder.
+            # In the paper these are two phases, with the discriminator's between them. Here they
+            # are one, as in the practical, and come first: the discriminator then learns from the
+            # codes z that this pass has made.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 recon, z = forward(x)
                 loss, rec, gen = autoencoder_loss(x, recon, z, args.lam)
-            # Gradients pass through the discriminator, but are kept for the autoencoder alone.
+            # Gradients pass through the discriminator, but only `inputs` get a .grad.
             scaler.scale(loss).backward(inputs=autoencoder)
             scaler.step(ae_optimizer)
             ae_optimizer.zero_grad()
-            losses = [rec]
+            losses = {"train_mse": rec}
 
             # -- Phase 2, discriminator: tell these codes from draws of the prior -------------
             if adversarial:
@@ -449,21 +451,20 @@ def main(argv=None):
                 scaler.scale(disc).backward()
                 scaler.step(d_optimizer)
                 d_optimizer.zero_grad()
-                losses = [rec, gen, disc, accuracy]
+                losses |= {"gen_loss": gen, "disc_loss": disc, "disc_accuracy": accuracy}
             scaler.update()
 
-            sums += torch.stack(losses).detach() * len(x)
+            sums += torch.stack([*losses.values()]).detach() * len(x)
             if step % 50 == 49:  # not each time: to read a loss is to wait for the device
                 bar.set_postfix_str(f"mse {rec.item():.4f}")
-                if not sums.isfinite().all():
+                if not sums.isfinite().all():  # weights are checked where they are saved
                     raise common.UserError(
                         f"a loss is not finite at step {step + 1}: start again with a lower "
                         f"--ae-lr or --d-lr ({run} holds what was saved)")
-        train = dict(zip(("train_mse", "gen_loss", "disc_loss", "disc_accuracy"),
-                         (sums / len(data.train)).tolist(), strict=False))
+        train = dict(zip(losses, (sums / len(data.train)).tolist(), strict=True))
         train_seconds = time.perf_counter() - began
         val_mse, codes = evaluate(model, data.val)
-        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)
+        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # of the run
         moments = code_moments(codes)
         rows.append({"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
                      "images_per_s": round(len(data.train) / train_seconds), **train,
@@ -476,7 +477,7 @@ def main(argv=None):
         players = ("gen {gen_loss:.3f} disc {disc_loss:.3f} accuracy {disc_accuracy:.3f} | "
                    .format(**train) if adversarial else "")
         print(f"epoch {epoch:3d}/{args.epochs} | train {train['train_mse']:.4f} | "
-              f"val {val_mse:.4f} | {players}{format_moments(moments)} | "
+              f"val {val_mse:.4f} | {players}{MOMENTS.format(**moments)} | "
               f"{rows[-1]['images_per_s'] / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
         if epoch in (1, 2, 5) or epoch % 10 == 0:
             draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch)
@@ -484,7 +485,8 @@ def main(argv=None):
 
     # -- The last model on the test images ----------------------------------------------------
     figures, codes = test_figures(model, data)
-    draw_pictures(model, data.test, data.test_labels, codes, run, heading, len(rows))
+    draw_pictures(model, data.test, data.test_labels, codes, run, f"{heading}, test images",
+                  len(rows))
     draw_curves(rows, run, heading, test=figures["test_mse"])
     common.close_run(run, rows, figures | {"epoch": len(rows), "device": str(device)}, "aae.py")
     print(f"{heading} -> {run}")

@@ -32,8 +32,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager  # which also makes a decorator
 def command(script):
-    """A decorator for `main`: a UserError, or too little memory, ends in one line on standard
-    error and status 2, Ctrl-C in one and 130, and a closed pipe (`| head`) in silence."""
+    """A decorator for `main`. A UserError, or too little memory, ends the script in one line on
+    standard error and status 2. Ctrl-C ends it in one line and status 130, and a reader of its
+    output that went away (`| head`) ends it in silence."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:  # closed by 2>&-, or never there (pythonw)
             setattr(sys, name, open(os.devnull, "w"))
@@ -54,13 +55,15 @@ def command(script):
         print(f"\n{script}: stopped; --resume with the run's folder goes on from the last "
               "checkpoint", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # at exit Python flushes stdout again: let it go nowhere
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: let it write to where anything may go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def number(kind, low, high=2**32 - 1):
-    """An argparse type: an int or a float (`kind`) from low to high, so neither inf nor nan."""
+    """An argparse type: an int or a float (`kind`) from low to high, so neither inf nor nan. The
+    default of high is the largest seed: torch's generator on a CPU takes 32 bits of one."""
     def parse(text):
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
@@ -70,8 +73,8 @@ def number(kind, low, high=2**32 - 1):
 
 
 def add_run_arguments(parser, batch_size=None):
-    """The flags of every script that trains; with a default for --batch-size also those of every
-    script that trains on images."""
+    """The flags that all training scripts have in common. Scripts that train on images pass the
+    default of --batch-size, and get the flags that these have in common, too."""
     add = parser.add_argument
     if batch_size:
         add("--epochs", type=number(int, 1), default=20, help="passes over the training images")
@@ -90,14 +93,14 @@ def add_run_arguments(parser, batch_size=None):
         "where it already holds something")
     add("--resume", metavar="DIR", help="go on with the run in DIR under its own arguments; with "
         "nothing left to train, print its test figures")
-    parser.set_defaults(script=parser.prog)
+    parser.set_defaults(script=parser.prog)  # so each checkpoint says which script wrote it
 
 
 def parse_args(parser, argv, may_change):
     """-> the arguments, and with --resume the content of the run's last.pt, else None
 
-    With --resume the run's own arguments are the defaults; only flags in `may_change`, and those
-    that say how to compute, may differ from them. Raises UserError for others.
+    With --resume the run's own arguments are the defaults. Only the flags in `may_change`, and the
+    ones below that change no result, may differ from them. Raises UserError for others.
     """
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -107,9 +110,9 @@ def parse_args(parser, argv, may_change):
     state = load_checkpoint(Path(args.resume, "last.pt"), parser.prog)
     parser.set_defaults(**state["args"])
     args = parser.parse_args(argv)
-    for name in state["args"].keys() - {"resume", "out_dir", "device", "no_amp", "compile",
-                                        "data_dir", *may_change}:
-        if getattr(args, name) != (value := state["args"][name]):
+    may_change = {"resume", "device", "no_amp", "compile", "data_dir", *may_change}
+    for name, value in state["args"].items():
+        if name not in may_change and getattr(args, name) != value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit the "
                             f"run, which has {value}: leave it out, or start a new run")
     return args, state
@@ -123,30 +126,29 @@ def pick_device(name, amp):
 
     Raises UserError where the device that `name` asks for is not there.
     """
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    found += ["cpu"]
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                "cpu": True}
     if name == "auto":
-        name = found[0]
-    if name not in found:
+        name = next(device for device in is_there if is_there[device])
+    if not is_there[name]:
         raise UserError(f"--device {name}: this machine (or this build of torch) has none; "
                         "--device auto takes what is there")
     dtype = torch.float32
     if name == "cuda" and amp:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
         dtype = torch.bfloat16 if native else torch.float16
     return torch.device(name), dtype
 
 
-def compiler(wanted, device):
-    """-> torch.compile if it is wanted and works here, else a function that changes nothing"""
-    if wanted:
-        try:
-            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-            return lambda function: torch.compile(function, dynamic=False)  # each shape by itself
-        except Exception as error:  # no C++ compiler, an old GPU, ...: each raises its own
-            print(f"warning: --compile does not work here ({str(error).strip().splitlines()[0]}); "
-                  "going on without it", file=sys.stderr)
-    return lambda function: function
+def can_compile(device):
+    """Whether torch.compile works here; if not, say so in a warning."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # no C++ compiler, an old GPU, ...: each raises its own
+        print(f"warning: --compile does not work here ({str(error).strip().splitlines()[0]}); "
+              "going on without it", file=sys.stderr)
+        return False
 
 
 # -- Images -----------------------------------------------------------------------------------
@@ -188,18 +190,19 @@ def load_mnist(dataset, data_dir, limit, device):
 def read_images(name, data_dir):
     """-> images [70000, 1, 28, 28] and labels [70000], the 10,000 of the test set last
 
-    Raises UserError for damaged files, ConnectionError where there are none to be had.
+    Raises UserError for damaged files (for MNIST each pixel is checked, else the sizes), and
+    ConnectionError where there are none to be had.
     """
     title, timeout = TITLES[name], socket.getdefaulttimeout()
     raw = data_dir / title / "raw"
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder")
     try:
-        from torchvision import datasets  # here: it fails to import where it does not fit torch
+        from torchvision import datasets  # not above: glyphs work without it
 
         if not all((raw / file).is_file() for file in RAW_FILES):
-            # A download that breaks off shall leave nothing: so it goes to a temporary folder, on
-            # the same disk, together with what is there already (torchvision unpacks a .gz).
+            # Download into a temporary folder, so that a download which breaks off leaves nothing.
+            # Copy what is there into it: torchvision unpacks a .gz instead of downloading it.
             parent = next(p for p in (data_dir, *data_dir.absolute().parents) if p.is_dir())
             socket.setdefaulttimeout(TIMEOUT)
             with tempfile.TemporaryDirectory(dir=parent) as temporary:
@@ -217,10 +220,10 @@ def read_images(name, data_dir):
     finally:
         socket.setdefaulttimeout(timeout)
     try:
-        train, test = (getattr(datasets, title)(data_dir, train=train) for train in (True, False))
+        train, test = (getattr(datasets, title)(data_dir, flag) for flag in (True, False))
         images = torch.cat([train.data, test.data]).view(70_000, 1, 28, 28)
         labels = torch.cat([train.targets, test.targets]).view(70_000)
-        intact = name != "mnist" or hashlib.md5(images.numpy()).hexdigest() == MNIST_MD5
+        intact = hashlib.md5(images.numpy()).hexdigest() == MNIST_MD5 if name == "mnist" else True
     except Exception:  # torchvision's parser raises whatever it comes upon
         intact = False
     if not intact:
@@ -238,8 +241,9 @@ def draw_glyphs():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    fonts = sorted(path for path in Path(matplotlib.get_data_path(), "fonts/ttf").glob("DejaVuS*")
+                   if "Display" not in path.name)  # the two ...Display have no digits
     stamps = []  # [56, 56] each: digits 0 to 9 of the first font, then of the next
-    fonts = sorted(Path(matplotlib.get_data_path(), "fonts/ttf").glob("DejaVuS*[!y].ttf"))
     for font, digit in itertools.product(fonts, "0123456789"):
         canvas = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=56))
         canvas.figure.text(0.5, 0.5, digit, size=62, font=font, ha="center", va="center")
@@ -250,7 +254,8 @@ def draw_glyphs():
     generator = torch.Generator().manual_seed(0)
     choice = torch.randint(len(stamps), (70_000,), generator=generator)
     noise = torch.randn(70_000, 2, 3, generator=generator) * torch.tensor([0.12, 0.12, 0.06])
-    affine = torch.tensor([[1.1, 0, 0], [0, 1.1, 0]]) + noise  # turn, slant, scale | shift
+    # Where in its stamp a pixel of an image lies: [[scale, slant, shift], [slant, scale, shift]].
+    affine = torch.tensor([[1.1, 0, 0], [0, 1.1, 0]]) + noise
     images = torch.empty(70_000, 1, 28, 28, dtype=torch.uint8)
     for part in torch.arange(70_000).split(5000):
         grid = F.affine_grid(affine[part], [len(part), 1, 28, 28], align_corners=False)
@@ -264,10 +269,10 @@ def draw_glyphs():
 def new_run_folder(path, args):
     """Make the folder `path`, or path-2, path-3, ... where it already holds something. -> its path
 
-    Of two runs that want the same folder at once, the one that makes args.json there gets it.
+    Of two runs that want the same folder at once, the one that creates its args.json gets it.
     """
     path = Path(path)
-    if path.name in ("", ".."):  # "." has no name that a suffix could follow
+    if path.name in ("", ".."):  # "." and "..": no name that a suffix could follow
         path = path.resolve()
     for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
         folder = Path(f"{path}{suffix}")
@@ -277,7 +282,7 @@ def new_run_folder(path, args):
                 with open(folder / "args.json", "x", encoding="utf-8") as file:
                     file.write(json.dumps(vars(args), indent=2) + "\n")
                 return folder
-        except FileExistsError:  # it is a file, or another run was first
+        except FileExistsError:  # `folder` is a file, or another run created args.json
             continue
         except OSError as error:
             raise UserError(f"the folder {folder} cannot be made ({error.strerror}): "
@@ -285,25 +290,28 @@ def new_run_folder(path, args):
 
 
 def open_run(args, state, name):
-    """-> the folder of a new run, or with --resume (and `state`, its last.pt) that of the old one,
-    which takes the new arguments if there is something left to train"""
+    """-> the run's folder: a new one, or with --resume the old one. state: its last.pt, or None
+
+    If there is something left to train, args.json and last.pt take the arguments given now.
+    """
     if state is None:
         return new_run_folder(args.out_dir or f"runs/{name}", args)
-    run, before = Path(args.resume), state["args"]["epochs"]
-    if args.epochs > len(state["rows"]):
-        if args.epochs > before:
-            print(f"{args.epochs} epochs instead of {before}: the learning rate rises once more")
-        (run / "test.json").unlink(missing_ok=True)  # it belongs to the shorter run
+    run, epochs = Path(args.resume), state["args"]["epochs"]
+    if args.epochs > len(state["rows"]):  # a row for each epoch that is done
+        if args.epochs > epochs:
+            print(f"{args.epochs} epochs instead of {epochs}: the learning rate goes back up, to "
+                  "its place in the longer schedule")
+        (run / "test.json").unlink(missing_ok=True)  # it is the shorter run's
         save_checkpoint(run / "last.pt", state | {"args": vars(args)})
         write_json(run / "args.json", vars(args), indent=2)
     return run
 
 
 def close_run(run, rows, figures, script):
-    """Write test.json at the end of a run, but not where --resume only looks at one."""
-    epochs = load_checkpoint(run / "last.pt", script)["args"]["epochs"]
+    """Write test.json, if all epochs of the run are done and it is not there yet."""
+    epochs = load_checkpoint(run / "last.pt", script)["args"]["epochs"]  # not --epochs of a look
     if len(rows) == epochs and not (run / "test.json").exists():
-        write_json(run / "metrics.jsonl", *rows)  # the run may have been killed just before it
+        write_json(run / "metrics.jsonl", *rows)  # a kill may have come between last.pt and this
         write_json(run / "test.json", figures | {"seconds": rows[-1]["seconds"],
                                                  "torch": torch.__version__}, indent=2)
 
@@ -322,7 +330,7 @@ def save(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        # On a full disk torch.save raises a RuntimeError while it handles the OSError.
+        # On a full disk torch.save raises a RuntimeError, whose context is the OSError.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
@@ -353,7 +361,7 @@ def load_checkpoint(path, script):
     Raises UserError where the file is missing, damaged, or written by another script.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+        with zipfile.ZipFile(path) as archive:  # with checksums, which torch.load ignores
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -381,10 +389,10 @@ def picture(path, width, height, title):
 
 
 def prior_grid(size):
-    """Points of a plane, the percentiles (i + 0.5) / size of N(0, I): z[0] grows to the right and
-    z[1] upwards. -> [size**2, 2], row by row from the top"""
+    """size x size points z of a plane, at the percentiles (i + 0.5) / size of the prior N(0, 1) of
+    each axis. -> [size**2, 2], in rows from the top (highest z[1]), each from the lowest z[0]"""
     ticks = torch.special.ndtri((torch.arange(size) + 0.5) / size)  # the normal's inverse CDF
-    z1, z0 = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
+    z0, z1 = torch.meshgrid(ticks, ticks.flip(0), indexing="xy")
     return torch.stack([z0.flatten(), z1.flatten()], 1)
 
 
@@ -395,16 +403,17 @@ def one_of_each(images, labels):
 
 
 def tile(images, columns, gap=1):
-    """[N, 1, H, W] in [0, 1] -> one image, row by row, with `gap` grey pixels between them"""
+    """[N, 1, H, W] in [0, 1] -> one image of N / columns rows, `gap` grey pixels between them"""
     padded = F.pad(images.squeeze(1), (gap, 0, gap, 0), value=0.5)  # [N, gap + H, gap + W]
     rows = [torch.cat([*row], 1) for row in padded.split(columns)]
     return torch.cat(rows)[gap:, gap:]
 
 
 def save_image(path, image, title):
-    """One grey-scale image [H, W] in [0, 1], two screen pixels wide for each of its own."""
+    """One grey-scale image [H, W] in [0, 1]."""
     height, width = image.shape
-    with picture(path, width / 60, height / 60 + 0.6, title) as figure:  # 0.6 for the title
+    # 60 pixels an inch, half as many as on the screen; 0.6 inches for the title
+    with picture(path, width / 60, height / 60 + 0.6, title) as figure:
         axes = figure.add_subplot()
         axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_axis_off()
@@ -423,19 +432,18 @@ def save_scatter(path, z, labels, title):
         figure.legend(*points.legend_elements(), loc="outside right center")
 
 
-def save_curves(path, title, ylabel, x, curves, levels, xlabel="epoch"):
-    """`curves`: name -> a value for each of `x`; `levels`: name -> the height of a dashed line.
-
-    The first value, a mean that has the untrained model in it, would squash the rest. It is left
-    out as soon as there are others.
-    """
-    start = min(1, len(x) - 1)
+def save_curves(path, title, ylabel, rows, curves, levels, x="epoch"):
+    """Columns of `rows` over the column x. curves: label -> column; levels: label -> the height of
+    a dashed line. The first row, if there is another, is not drawn: it is a mean with the untrained
+    model in it, and would squash the rest."""
+    rows = rows[1:] or rows
     with picture(path, 7, 4, title) as figure:
-        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-        for name, values in curves.items():
-            axes.plot(x[start:], values[start:], marker=".", label=f"{name} {values[-1]:.4f}")
-        for name, height in levels.items():
-            axes.axhline(height, color="k", linestyle="--", label=f"{name} {height:.4f}")
+        axes = figure.add_subplot(xlabel=x, ylabel=ylabel)
+        for label, name in curves.items():
+            axes.plot([row[x] for row in rows], [row[name] for row in rows], marker=".",
+                      label=f"{label} {rows[-1][name]:.4f}")
+        for label, height in levels.items():
+            axes.axhline(height, color="k", linestyle="--", label=f"{label} {height:.4f}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()

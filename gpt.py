@@ -1043,9 +1043,8 @@ def draw_sample(model, tokenizer, run, step):
 
 
 def draw_curves(rows, run, heading):
-    curves = {name: [row[f"{name}_loss"] for row in rows] for name in ("train", "val")}
-    common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token",
-                       [row["step"] for row in rows], curves, {}, xlabel="step")
+    common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token", rows,
+                       {"train": "train_loss", "val": "val_loss"}, {}, x="step")
 
 
 def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=None):

@@ -1590,14 +1590,14 @@ class GPTTraining(TemporaryFolder):
         self.assertGreater(Path("runs/gpt-text/loss.png").stat().st_size, 1000)
 
     def test_ctrl_c_at_a_step_that_is_validated_stops_the_run_and_resumes(self):
-        asked = mock.patch.object(common.StopRequest, "asked", True, create=True)
-        entered = mock.patch.object(common.StopRequest, "__enter__", lambda stop: stop)
+        asked = mock.patch.object(gpt.StopRequest, "asked", True, create=True)
+        entered = mock.patch.object(gpt.StopRequest, "__enter__", lambda stop: stop)
         whole = self.train("--max-steps", 3, "--eval-every", 1)[2]
         for step in (1, 2, 3):
             argv = (["--text", "text.txt", "--max-steps", 3, "--eval-every", 1, "--n-layer", 2,
                      "--n-embd", 32, "--block-size", 16, "--out-dir", "stopped"] if step == 1 else
                     ["--resume", "stopped"])
-            with asked, entered, mock.patch.object(common.StopRequest, "__exit__",
+            with asked, entered, mock.patch.object(gpt.StopRequest, "__exit__",
                                                    lambda *_: None):
                 status, out, _ = run_main(gpt.main, "train", *argv, "--device", "cpu")
             self.assertEqual(status, 130)
@@ -1679,7 +1679,7 @@ class GPTTraining(TemporaryFolder):
                 (["--init", "hub", "--tokenizer", "char"], "char does not fit --init hub"),
                 (["--init", "few"], "few comes without a tokenizer"),
                 (["--init", "few", "--tokenizer", "char"], "9 tokens and few 5: they do not"),
-                (["--resume", "nowhere"], "last.pt is not there")):
+                (["--resume", "nowhere"], "last.pt is missing")):
             with self.subTest(" ".join(map(str, argv))):
                 text = [] if argv[0] in ("--text", "--resume") else ["--text", "text.txt"]
                 self.assert_refused("train", *argv, *text, "--device", "cpu", saying=saying)
@@ -1825,7 +1825,7 @@ class CommonParts(TemporaryFolder):
     def test_a_model_that_is_not_finite_is_not_saved(self):
         common.save_checkpoint(Path("a.pt"), self.checkpoint())
         before = snapshot(".")
-        with self.assertRaisesRegex(common.UserError, "not finite"):
+        with self.assertRaisesRegex(common.UserError, "no longer finite"):
             broken = {"model": {"w": torch.tensor([1, math.nan])}, "step": 7}
             common.save_checkpoint(Path("a.pt"), broken)
         self.assertEqual(snapshot("."), before)
@@ -1858,10 +1858,9 @@ class CommonParts(TemporaryFolder):
     def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(self):
         with contextlib.redirect_stderr(io.StringIO()) as err, \
                 mock.patch.object(torch, "compile", side_effect=RuntimeError("no compiler\nhere")):
-            self.assertIs(common.compiler(True, "cpu")(len), len)
+            self.assertFalse(common.can_compile("cpu"))
         self.assertEqual(err.getvalue(), "warning: --compile does not work here (no compiler); "
                          "going on without it\n")
-        self.assertIs(common.compiler(False, "cpu")(len), len)
 
 
 def serve(test, respond):
@@ -2083,7 +2082,7 @@ class CommandLine:
                 self.assertRegex(out, r"2 of them done.*\n(the best.*\n)?test: ")
             status, out, _ = run_main(self.module.main, "--resume", run, "--epochs", 4)
         self.assertEqual(status, 0)
-        self.assertIn("4 epochs instead of 2: the learning rate rises once more", out)
+        self.assertIn("4 epochs instead of 2: the learning rate goes back up", out)
         self.assertEqual(json.loads(Path(run, "args.json").read_text())["epochs"], 4)
         self.assertEqual(len(Path(run, "metrics.jsonl").read_text().splitlines()), 4)
         longer = self.last_of(run)
@@ -2170,10 +2169,11 @@ class CommandLine:
             self.assertEqual(bool(scaler), dtype == torch.float16)
         for dtype in (torch.bfloat16, torch.float16):
             self.assertLess(abs(losses[dtype] / losses[torch.float32] - 1), 0.03, dtype)
-        # It begins at 2**16, and halves with each step that overflows and is skipped.
-        self.assertTrue(2 <= scaler["scale"] <= 2**16, scaler)
-        steps = last[self.optimizers[0]]["state"][0]["step"].item()
-        self.assertEqual(steps, 100 - (16 - math.log2(scaler["scale"])))
+        # The scale halves with each step that overflows and is skipped.
+        self.assertGreaterEqual(scaler["scale"], 2**4)
+        skipped = math.log2(self.first_scale / scaler["scale"])
+        self.assertEqual(last[self.optimizers[0]]["state"][0]["step"].item(), 100 - skipped)
+        self.assertLess(skipped, 3)
         with computing_in(torch.float16), without_pictures(self.module):
             with mock.patch.object(common, "write_json", side_effect=KeyboardInterrupt):
                 run_main(self.module.main, *argv, "--epochs", 2, "--out-dir", "b")
@@ -2205,6 +2205,7 @@ class CommandLine:
 
 class VAECommandLine(CommandLine, TemporaryFolder):
     module, rates, optimizers, loss = vae, ["--lr"], ["optimizer"], "train_bpd"
+    first_scale = 2**6
     bad_values, small, fixed = [], ["--num-filters", 4], {"--num-filters": 4}
 
     def compiled(self):
@@ -2247,7 +2248,7 @@ class VAECommandLine(CommandLine, TemporaryFolder):
 
 
 class AAECommandLine(CommandLine, TemporaryFolder):
-    module, rates, loss = aae, ["--ae-lr", "--d-lr"], "train_mse"
+    module, rates, loss, first_scale = aae, ["--ae-lr", "--d-lr"], "train_mse", 2**16
     optimizers, small = ["ae_optimizer", "d_optimizer"], []
     fixed = {"--lam": 0.5, "--posterior": "universal"}
     bad_values = [(["--lam", "1.01"], "--lam: 1.01 is not between 0 and 1"),
@@ -2284,8 +2285,13 @@ class AAECommandLine(CommandLine, TemporaryFolder):
         for folder, flags, saying in (
                 ("a", ["--ae-lr", 4e9], "the weights are no longer finite"),
                 ("b", ["--ae-lr", 4e9, "--batch-size", 4], "a loss is not finite at step 50"),
-                ("c", ["--d-lr", 4e9, "--batch-size", 4], "a loss is not finite at step 50")):
-            with without_pictures(aae):
+                ("c", ["--batch-size", 4], "a loss is not finite at step 50")):
+            loss = aae.AdversarialAE.discriminator_loss
+            if folder == "c":  # the discriminator's, with all else as it should be
+                def loss(*_):
+                    return torch.tensor(math.nan, requires_grad=True), torch.tensor(0.5)
+            with without_pictures(aae), mock.patch.object(
+                    aae.AdversarialAE, "discriminator_loss", loss):
                 status, _, err = run_main(
                     aae.main, *SHORT, *flags, "--epochs", 1, "--out-dir", folder)
             self.assertEqual(status, 2, folder)

@@ -8,15 +8,16 @@
     python vae.py --z-dim 2              a latent space that can be looked at
     python vae.py --resume runs/vae-z20  go on with a run that was stopped
     python vae.py --resume runs/vae-z20 --epochs 40
-                                         go on beyond its end
+                                         go on beyond the end of a run
 
 A run leaves a folder in runs/: args.json, metrics.jsonl (a row an epoch), last.pt to resume from,
 best.pt by validation, test.json, and as pictures the bound by epoch, samples, reconstructions and
 the latent space. --resume of a finished run prints its test figures and draws the pictures again.
 
-The model is the one of the University of Amsterdam's Deep Learning Practical 3 (2023); a comment
-with "Q1.2" answers its question 1.2. The optimizer is our own choice: for the practical's, pass
---batch-size 128 --lr 1e-3, make it torch.optim.Adam, and leave out the line that changes "lr".
+The model is that of the University of Amsterdam's Deep Learning Practical 3 (2023). Comments that
+begin with Q1.1, Q1.2, ... answer its questions. To train as it asks, pass --batch-size 128 and
+--lr 1e-3, replace AdamW by torch.optim.Adam(model.parameters(), lr=args.lr), and delete the two
+lines of the schedule.
 
 In comments on shapes B is the batch size, D = z_dim, and K = 16 the number of pixel values.
 """
@@ -45,15 +46,15 @@ def to_4_bits(images):
 
 
 def init(layer, gain=2**0.5):
-    """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) and zero biases. The gain of sqrt(2)
-    is He's: it makes up for the half of its input that a ReLU, or nearly a GELU, sets to zero."""
+    """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) times `gain`, and zero biases. Before
+    a rectifier the usual gain is sqrt(2) (He et al., 2015, arXiv:1502.01852), else 1."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def at_least_float32(x):
-    """Losses are computed in float32, also where autocast computes the layers in 16 bits."""
+    """float32 for the 16 bits that autocast computes in; float64 stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -77,10 +78,10 @@ class Encoder(nn.Module):
         self.log_std = init(nn.Linear(2 * c * 4 * 4, z_dim), gain=1)
 
     def forward(self, x):
-        h = self.net((x / 15).to(self.mean.weight.dtype))  # 0..15 -> 0..1
+        h = self.net((x / 15).to(self.mean.weight.dtype))  # 0..15 -> 0..1, as exact as weights
         mean, log_std = at_least_float32(self.mean(h)), at_least_float32(self.log_std(h))
-        # The log std stays within -5..5, so that its exp cannot overflow. Where clamp would have
-        # no gradient outside this range, tanh always has one.
+        # The log std is bounded to -5..5, so that its exp cannot overflow; smoothly, as clamp
+        # would leave no gradient to a value that once got outside.
         return mean, 5 * torch.tanh(log_std / 5)
 
 
@@ -164,22 +165,21 @@ def kl_divergence(mean, log_std):
 
 
 def elbo_to_bpd(elbo, img_shape):
-    """Nats per image, of the negative lower bound -> bits per dimension. img_shape: [B, C, H, W]"""
+    """Nats per image -> bits per dimension. elbo: the *negative* lower bound, our loss, whatever
+    its name in the practical. img_shape: [B, C, H, W]"""
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
 
 def log_weight(model, x, z, mean, log_std):
-    """log w = log p(x|z) + log p(z) - log q(z) in nats, for z drawn from q = N(mean, std^2).
+    """log w in nats, for w = p(x|z) p(z) / q(z) and z drawn from q = N(mean, std^2).
 
-    x [B, 1, 28, 28]; z, mean, log_std [B, D] -> [B]. For every q the expectation of w is p(x), so
-    the expectation of log w is a lower bound of log p(x). With q(z|x) it is the one of training.
+    x [B, 1, 28, 28]; z, mean, log_std [B, D] -> [B]. Whatever q is, the mean of w is p(x), so the
+    mean of log w is at most log p(x) (Jensen). For q = q(z|x) it is the lower bound of training.
     """
-    def log_normal(z, mean, log_std):
-        return (-0.5 * ((z - mean) / log_std.exp())**2 - log_std
-                - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    log_prior = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
-    return log_prior - log_normal(z, mean, log_std) - reconstruction_loss(model.decoder(z), x)
+    # Both without the term log(2 pi) / 2, which cancels:
+    log_prior = -(z**2 / 2).sum(-1)
+    log_q = -(((z - mean) / log_std.exp())**2 / 2 + log_std).sum(-1)
+    return log_prior - log_q - reconstruction_loss(model.decoder(z), x)
 
 
 @torch.no_grad()
@@ -193,11 +193,12 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
     assert proposal in ("posterior", "prior")
     mean, log_std = model.encoder(x)
     if proposal == "prior":
-        mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)
+        mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)  # so q(z) is p(z)
     total = torch.full_like(mean[:, 0], -math.inf)  # log of the sum of the weights so far
     at_once = max(1, 1000 // len(x))  # draws per image that are decoded together
     for start in range(0, num_samples, at_once):
         draws = min(at_once, num_samples - start)
+        # All B images for the first draw, then all for the second, ...
         means, log_stds = mean.repeat(draws, 1), log_std.repeat(draws, 1)  # [draws * B, D]
         z = sample_reparameterize(means, log_stds.exp())
         log_w = log_weight(model, x.repeat(draws, 1, 1, 1), z, means, log_stds)  # [draws * B]
@@ -208,17 +209,16 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
 @torch.no_grad()
 def evaluate(model, images):
     """rec and kl over a whole set [N, 1, 28, 28], without autocast: two floats, nats per image"""
-    torch.manual_seed(0)  # the same noise each time; an epoch of training seeds anew
+    torch.manual_seed(0)  # the same noise each time; training seeds anew for its next epoch
     sums = sum(torch.stack(model(x)[:2]) * len(x) for x in images.split(500))
     return (sums / len(images)).tolist()
 
 
 def test_figures(model, images):
-    """Print and return the figures of a finished model, all in nats per image but for the bpd."""
+    """Print and return the figures of a finished model, in nats per image if not in bpd."""
     rec, kl = evaluate(model, images)
     bpd = elbo_to_bpd(rec + kl, images.shape)
     print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
-    # log p(x) of the first 1,000 images, from 64 draws each:
     # Q1.4: the bound is below log p(x) by KL(q(z|x) || p(z|x)); importance weights narrow this gap.
     # Q1.2: draws from the prior are inefficient. Hardly any of them explains a given x, and the
     # share of those that do falls exponentially with the dimensions of z.
@@ -264,13 +264,15 @@ def draw_pictures(model, images, labels, run, heading, epoch):
                       f"{heading}\noriginals and reconstructions after {epoch} epochs")
 
     posteriors = [model.encoder(x) for x in images.split(500)]
-    mean, log_std = (torch.cat(part).cpu() for part in zip(*posteriors, strict=True))  # [N, D] each
+    mean = torch.cat([mean for mean, _ in posteriors]).cpu()  # [N, D]
+    log_std = torch.cat([log_std for _, log_std in posteriors]).cpu()  # [N, D]
     if model.z_dim == 2:
         common.save_image(run / "manifold.png", visualize_manifold(model.decoder),
                           f"{heading}\nthe decoder's mean image over the prior's percentiles")
         common.save_scatter(run / "latents.png", mean, labels, f"{heading}\nposterior means of "
                             f"{len(images):,} images; circles: 1, 2, 3 sigma of the prior")
     else:
+        # kl_divergence sums over the last dimension: a new one of size 1 keeps the D apart.
         per_dimension = kl_divergence(mean[..., None], log_std[..., None]).mean(0)  # [D]
         with common.picture(run / "kl.png", 7, 4, f"{heading}\nKL of each dimension") as figure:
             axes = figure.add_subplot(xlabel="latent dimensions, sorted", ylabel="nats per image")
@@ -279,14 +281,12 @@ def draw_pictures(model, images, labels, run, heading, epoch):
 
 
 def draw_curves(rows, run, heading, **levels):
-    """The bound by epoch (Q1.7), and `levels` as lines."""
+    """The bound by epoch (Q1.7); `levels`, such as test=0.5, are dashed lines."""
     common.save_curves(run / "bpd.png", f"{heading}\nthe negative lower bound",
-                       "bits per dimension", [row["epoch"] for row in rows],
-                       {name: [row[f"{name}_bpd"] for row in rows] for name in ("train", "val")},
-                       levels)
+                       "bits per dimension", rows, {"train": "train_bpd", "val": "val_bpd"}, levels)
 
 
-@common.command("vae.py")
+@common.command("vae.py")  # ends a mistake in one line, without a traceback
 def main(argv=None):
     # -- Arguments, device and data -----------------------------------------------------------
     parser = argparse.ArgumentParser(
@@ -298,30 +298,35 @@ def main(argv=None):
     parser.add_argument("--lr", type=common.number(float, 0), default=5e-3,
                         help="highest learning rate")
     common.add_run_arguments(parser, batch_size=64)
+    # state: the content of the run's last.pt where --resume is given, else None
     args, state = common.parse_args(parser, argv, may_change={"epochs", "lr"})
 
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)
     torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it already
+        torch.set_float32_matmul_precision("high")  # TF32, torch's default for convolutions
     data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
     train, val, test = (to_4_bits(images) for images in (data.train, data.val, data.test))
-    args.dataset = data.name
+    args.dataset = data.name  # what "auto" came to
     heading = f"VAE on {common.TITLES[data.name]}, z {args.z_dim}"
 
     # -- Model and optimizer ------------------------------------------------------------------
     torch.manual_seed(args.seed)
     model = VAE(args.z_dim, args.num_filters)
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    net = common.compiler(args.compile, device)(model)
+    net = model
+    if args.compile and common.can_compile(device):
+        net = torch.compile(model, dynamic=False)  # the same weights; a graph for each batch size
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.05, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # A sum over 784 pixels has large gradients: from torch's first scale of 2**16 float16 would
+    # overflow in the first ten steps.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2**6, enabled=dtype == torch.float16)
     rows = []  # one an epoch
 
     # -- A new run, or an old one to go on with -----------------------------------------------
     if state:
-        common.load_checkpoint(Path(args.resume, "best.pt"), "vae.py")  # is it there, for the end?
+        common.load_checkpoint(Path(args.resume, "best.pt"), "vae.py")  # fail now, not at the end
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty after training without float16
@@ -342,19 +347,21 @@ def main(argv=None):
 
     # -- Training -----------------------------------------------------------------------------
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        torch.manual_seed(hash((args.seed, epoch)))  # a resumed run draws what this one draws
+        # From here on a resumed run draws the same numbers. (hash does not vary for integers.)
+        torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
         sums = torch.zeros(2, device=device)  # of rec and kl
         order = torch.randperm(len(train)).to(device)
         bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
                    unit_scale=args.batch_size, disable=None, leave=False)
         for step, indices in enumerate(bar, (epoch - 1) * steps_per_epoch):
-            # The learning rate rises in the first tenth of the steps, then falls to zero.
+            # The schedule: the rate rises in the first tenth of the steps, then falls to zero. (A
+            # run that is extended goes to its place in the longer one.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             optimizer.param_groups[0]["lr"] = args.lr * min(progress / 0.1, (1 - progress) / 0.9)
             x = train[indices]  # [B, 1, 28, 28]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                rec, kl, _ = net(x)
+                rec, kl, bpd = net(x)
             scaler.scale(rec + kl).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -362,27 +369,26 @@ def main(argv=None):
 
             sums += torch.stack([rec, kl]).detach() * len(x)
             if step % 50 == 49:  # not each time: to read the loss is to wait for the device
-                loss = (rec + kl).item()
-                bar.set_postfix_str(f"bpd {elbo_to_bpd(loss, x.shape):.3f}")
-                if not math.isfinite(loss):
+                bar.set_postfix_str(f"bpd {bpd.item():.3f}")
+                if not bpd.isfinite():  # weights are checked where they are saved
                     raise common.UserError(f"the loss is not finite at step {step + 1}: start "
                                            f"again with a lower --lr ({run} holds what was saved)")
         train_rec, train_kl = (sums / len(train)).tolist()
         train_seconds = time.perf_counter() - began
         val_rec, val_kl = evaluate(model, val)
-        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)
+        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # of the run
         row = {"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
                "images_per_s": round(len(train) / train_seconds),
                "train_rec": train_rec, "train_kl": train_kl, "val_rec": val_rec, "val_kl": val_kl,
                "train_bpd": elbo_to_bpd(train_rec + train_kl, train.shape),
                "val_bpd": elbo_to_bpd(val_rec + val_kl, val.shape)}
         rows.append(row)
-        checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                      "scaler": scaler.state_dict(), "rows": rows, "args": vars(args)}
-        if row is min(rows, key=lambda row: row["val_bpd"]):
+        if row["val_bpd"] == min(row["val_bpd"] for row in rows):  # the best so far
             common.save_checkpoint(run / "best.pt", {
                 "model": model.state_dict(), "epoch": epoch, "args": vars(args)})
-        common.save_checkpoint(run / "last.pt", checkpoint)
+        common.save_checkpoint(run / "last.pt", {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "rows": rows, "args": vars(args)})
         common.write_json(run / "metrics.jsonl", *rows)
         print(f"epoch {epoch:3d}/{args.epochs} | train {row['train_bpd']:.4f} | "
               f"val {row['val_bpd']:.4f} | rec {val_rec:.1f} kl {val_kl:.1f} | "
@@ -396,7 +402,7 @@ def main(argv=None):
     model.load_state_dict(best["model"])
     print(f"the best model by validation is that of epoch {best['epoch']} of {len(rows)}")
     figures = test_figures(model, test)
-    draw_pictures(model, test, data.test_labels, run, heading, best["epoch"])
+    draw_pictures(model, test, data.test_labels, run, f"{heading}, test images", best["epoch"])
     draw_curves(rows, run, heading, test=figures["test_bpd"])
     common.close_run(run, rows, figures | {"epoch": best["epoch"], "device": str(device)}, "vae.py")
     print(f"{heading} -> {run}")
