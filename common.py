@@ -93,7 +93,8 @@ def add_run_arguments(parser, batch_size=None):
         "where it already holds something")
     add("--resume", metavar="DIR", help="go on with the run in DIR under its own arguments; with "
         "nothing left to train, print its test figures")
-    parser.set_defaults(script=parser.prog)  # so each checkpoint says which script wrote it
+    # Kept in each checkpoint; runs of the first edition cannot be resumed.
+    parser.set_defaults(script=f"{parser.prog}, edition 2")
 
 
 def parse_args(parser, argv, may_change):
@@ -107,7 +108,7 @@ def parse_args(parser, argv, may_change):
         return args, None
     if args.out_dir is not None:
         raise UserError("--resume goes on in the run's own folder: leave out --out-dir")
-    state = load_checkpoint(Path(args.resume, "last.pt"), parser.prog)
+    state = load_checkpoint(Path(args.resume, "last.pt"), args.script)
     parser.set_defaults(**state["args"])
     args = parser.parse_args(argv)
     may_change = {"resume", "device", "no_amp", "compile", "data_dir", *may_change}
@@ -307,9 +308,10 @@ def open_run(args, state, name):
     return run
 
 
-def close_run(run, rows, figures, script):
+def close_run(args, run, rows, figures):
     """Write test.json, if all epochs of the run are done and it is not there yet."""
-    epochs = load_checkpoint(run / "last.pt", script)["args"]["epochs"]  # not --epochs of a look
+    # Not args.epochs, which is smaller where --resume only looks at a run:
+    epochs = load_checkpoint(run / "last.pt", args.script)["args"]["epochs"]
     if len(rows) == epochs and not (run / "test.json").exists():
         write_json(run / "metrics.jsonl", *rows)  # a kill may have come between last.pt and this
         write_json(run / "test.json", figures | {"seconds": rows[-1]["seconds"],
@@ -446,4 +448,4 @@ def save_curves(path, title, ylabel, rows, curves, levels, x="epoch"):
             axes.axhline(height, color="k", linestyle="--", label=f"{label} {height:.4f}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=3)

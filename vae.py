@@ -326,7 +326,7 @@ def main(argv=None):
 
     # -- A new run, or an old one to go on with -----------------------------------------------
     if state:
-        common.load_checkpoint(Path(args.resume, "best.pt"), "vae.py")  # fail now, not at the end
+        common.load_checkpoint(Path(args.resume, "best.pt"), args.script)  # fail now, not at the end
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty after training without float16
@@ -398,13 +398,14 @@ def main(argv=None):
             draw_curves(rows, run, heading)
 
     # -- The best model on the test images ----------------------------------------------------
-    best = common.load_checkpoint(run / "best.pt", "vae.py")
+    best = common.load_checkpoint(run / "best.pt", args.script)
     model.load_state_dict(best["model"])
     print(f"the best model by validation is that of epoch {best['epoch']} of {len(rows)}")
     figures = test_figures(model, test)
     draw_pictures(model, test, data.test_labels, run, f"{heading}, test images", best["epoch"])
     draw_curves(rows, run, heading, test=figures["test_bpd"])
-    common.close_run(run, rows, figures | {"epoch": best["epoch"], "device": str(device)}, "vae.py")
+    common.close_run(args, run, rows,
+                     figures | {"epoch": best["epoch"], "device": str(device)})
     print(f"{heading} -> {run}")
 
 
