@@ -6,8 +6,9 @@
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    |.|^2 is the mean over the pixels, a few hundredths in a trained model. The encoder's loss in
-    the second term is near ln 2 = 0.69, so lambda has to be close to 1 for the first to count.
+    |.|^2 is the mean over the pixels, a few hundredths in a trained model. In training the encoder
+    minimises -log D(E(x)) in place of the last term. That is near ln 2 = 0.69, so lambda has to be
+    close to 1 for the reconstruction to count.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                a plain autoencoder
@@ -15,8 +16,8 @@
     python aae.py --z-dim 20 --posterior gaussian
                                          a stochastic encoder (or --posterior universal)
     python aae.py --resume runs/aae-z8-lam0.995
-                                         go on with a run that was stopped; with --epochs 100
-                                         beyond its end
+                                         go on with a run that was stopped; add --epochs 100
+                                         to go on beyond its end, until 100 are done
 
 A run leaves a folder in runs/: args.json, metrics.jsonl (a row an epoch), last.pt, test.json, and
 as pictures the losses by epoch, samples, reconstructions, and the codes beside the prior. --resume
@@ -50,14 +51,14 @@ def to_float(images):
 
 def init(layer, gain=2**0.5):
     """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) times `gain`, and zero biases. Before
-    a rectifier the usual gain is sqrt(2) (He et al., 2015, arXiv:1502.01852), else 1."""
+    a ReLU or GELU the usual gain is sqrt(2) (He et al., 2015, arXiv:1502.01852), else 1."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def at_least_float32(x):
-    """float32 for the 16 bits that autocast computes in; float64 stays as it is."""
+    """float32 for the 16 bits that autocast computes in. A model in float64 stays in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -85,7 +86,7 @@ class Encoder(nn.Module):
             init(nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1)), nn.ReLU(),  # 7x7 -> 4x4
             nn.Flatten())                                                      # [B, 2c * 4 * 4]
         features = 2 * c * 4 * 4
-        self.noise_dim = 32  # of the universal posterior; any number of this size does
+        self.noise_dim = 32  # for the universal posterior
         if posterior == "deterministic":
             self.out = init(nn.Linear(features, z_dim), gain=1)
         elif posterior == "gaussian":
@@ -138,8 +139,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, z_dim=8):
         super().__init__()
-        # Torch's own initial weights, and no batch normalisation: with it the output for a code
-        # would depend on the other codes of the batch.
+        # No batch normalisation: with it the output for a code would depend on the other codes of
+        # the batch.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 512), nn.LeakyReLU(0.2),
             nn.Linear(512, 512), nn.LeakyReLU(0.2),
@@ -227,7 +228,8 @@ def parzen_log_likelihood(samples, x, sigmas):
     arXiv:1511.01844) show that it says little about the quality of samples (k-means centres score
     higher than images of the training set).
     """
-    samples, x, results = samples.flatten(1), x.flatten(1), []  # [S, 784], [N, 784]
+    samples, x = samples.flatten(1), x.flatten(1)  # [S, 784], [N, 784]
+    results = []
     for part in x.split(500):  # all S * N distances at once would take too much memory
         squared = torch.cdist(part, samples)**2  # [500, S]
         results.append(torch.stack([
@@ -242,7 +244,7 @@ def evaluate(model, images):
 
     uint8 images [N, 1, 28, 28] -> mean squared error per pixel, codes [N, z_dim]
     """
-    torch.manual_seed(0)  # the same noise each time; training seeds anew for its next epoch
+    torch.manual_seed(0)  # the same noise each time; main seeds anew for each epoch
     squared_error, codes = 0, []
     for part in images.split(500):
         x = to_float(part)
@@ -344,7 +346,7 @@ def draw_curves(rows, run, heading, **levels):
             {"losses of a perfect match": math.log(2), "accuracy of a perfect match": 0.5})
 
 
-@common.command("aae.py")  # ends a mistake in one line, without a traceback
+@common.command("aae.py")  # prints a common.UserError without its traceback
 def main(argv=None):
     # -- Arguments, device and data -----------------------------------------------------------
     parser = argparse.ArgumentParser(
@@ -361,7 +363,7 @@ def main(argv=None):
     parser.add_argument("--d-lr", type=common.number(float, 0), default=1e-4,
                         help="highest learning rate of the discriminator")
     common.add_run_arguments(parser, batch_size=32)
-    # state: the content of the run's last.pt where --resume is given, else None
+    # With --resume: args are the run's own, except those in may_change; state is its last.pt.
     args, state = common.parse_args(parser, argv, may_change={"epochs", "ae_lr", "d_lr"})
 
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)
@@ -381,10 +383,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = AdversarialAE(args.z_dim, args.posterior)
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    steps = model, model.autoencoder_loss, model.discriminator_loss
-    if args.compile and common.can_compile(device):
-        steps = [torch.compile(step, dynamic=False) for step in steps]  # one graph a batch size
-    forward, autoencoder_loss, discriminator_loss = steps
+    functions = [model, model.autoencoder_loss, model.discriminator_loss]
+    if args.compile and common.can_compile(device):  # the same weights; a graph a batch size
+        functions = [torch.compile(function, dynamic=False) for function in functions]
+    forward, autoencoder_loss, discriminator_loss = functions
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     ae_optimizer = torch.optim.AdamW(autoencoder, lr=args.ae_lr, betas=(0.9, 0.99),
                                      weight_decay=0.1, fused=True)
@@ -417,7 +419,8 @@ def main(argv=None):
 
     # -- Training -----------------------------------------------------------------------------
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        # From here on a resumed run draws the same numbers. (hash does not vary for integers.)
+        # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same
+        # as one that was never stopped. (The hash of integers is the same in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
         sums = 0  # of the losses over the epoch's images
@@ -425,8 +428,8 @@ def main(argv=None):
         bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
                    unit_scale=args.batch_size, disable=None, leave=False)
         for step, indices in enumerate(bar, (epoch - 1) * steps_per_epoch):
-            # The schedule: both rates rise in the first tenth of the steps, then fall to zero. (A
-            # run that is extended goes to its place in the longer one.)
+            # Both rates rise in the first tenth of the steps, then fall to zero. (If a run is
+            # extended, they go up again, to their place in the longer schedule.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             scale = min(progress / 0.1, (1 - progress) / 0.9)
             ae_optimizer.param_groups[0]["lr"] = args.ae_lr * scale
@@ -434,9 +437,9 @@ def main(argv=None):
             x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
             # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-            # In the paper these are two phases, with the discriminator's between them. Here they
-            # are one, as in the practical, and come first: the discriminator then learns from the
-            # codes z that this pass has made.
+            # The paper does this in two steps of their own, and trains the discriminator between
+            # them. Here, as in the practical, it is one step. It comes first, so that the
+            # discriminator can learn from the same codes z.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 recon, z = forward(x)
                 loss, rec, gen = autoencoder_loss(x, recon, z, args.lam)
@@ -459,14 +462,14 @@ def main(argv=None):
             sums += torch.stack([*losses.values()]).detach() * len(x)
             if step % 50 == 49:  # not each time: to read a loss is to wait for the device
                 bar.set_postfix_str(f"mse {rec.item():.4f}")
-                if not sums.isfinite().all():  # weights are checked where they are saved
+                if not sums.isfinite().all():  # (weights are checked in save_checkpoint)
                     raise common.UserError(
                         f"a loss is not finite at step {step + 1}: start again with a lower "
                         f"--ae-lr or --d-lr ({run} holds what was saved)")
         train = dict(zip(losses, (sums / len(data.train)).tolist(), strict=True))
         train_seconds = time.perf_counter() - began
         val_mse, codes = evaluate(model, data.val)
-        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # of the run
+        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # cumulative
         moments = code_moments(codes)
         rows.append({"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
                      "images_per_s": round(len(data.train) / train_seconds), **train,

@@ -2655,7 +2655,8 @@ gpt.main()
         for size in (1, 2):
             statuses, _, err = self.end(self.start(size, *one_step, dtype="float64"))
             self.assertEqual((statuses, err), ([0] * size, ""))
-            gradients += [torch.load(f"gradients{rank}", weights_only=True)[0] for rank in range(size)]
+            gradients += [torch.load(f"gradients{rank}", weights_only=True)[0]
+                          for rank in range(size)]
         one, first, second = gradients
         self.assertEqual(one.dtype, torch.float64)
         self.assertTrue(first.equal(second))

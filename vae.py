@@ -17,7 +17,7 @@ the latent space. --resume of a finished run prints its test figures and draws t
 The model is that of the University of Amsterdam's Deep Learning Practical 3 (2023). Comments that
 begin with Q1.1, Q1.2, ... answer its questions. To train as it asks, pass --batch-size 128 and
 --lr 1e-3, replace AdamW by torch.optim.Adam(model.parameters(), lr=args.lr), and delete the two
-lines of the schedule.
+lines below the comment "The schedule".
 
 In comments on shapes B is the batch size, D = z_dim, and K = 16 the number of pixel values.
 """
@@ -47,14 +47,14 @@ def to_4_bits(images):
 
 def init(layer, gain=2**0.5):
     """Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) times `gain`, and zero biases. Before
-    a rectifier the usual gain is sqrt(2) (He et al., 2015, arXiv:1502.01852), else 1."""
+    a ReLU or GELU the usual gain is sqrt(2) (He et al., 2015, arXiv:1502.01852), else 1."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def at_least_float32(x):
-    """float32 for the 16 bits that autocast computes in; float64 stays as it is."""
+    """float32 for the 16 bits that autocast computes in. A model in float64 stays in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         self.log_std = init(nn.Linear(2 * c * 4 * 4, z_dim), gain=1)
 
     def forward(self, x):
-        h = self.net((x / 15).to(self.mean.weight.dtype))  # 0..15 -> 0..1, as exact as weights
+        h = self.net((x / 15).to(self.mean.weight.dtype))  # 0..15 -> 0..1
         mean, log_std = at_least_float32(self.mean(h)), at_least_float32(self.log_std(h))
         # The log std is bounded to -5..5, so that its exp cannot overflow; smoothly, as clamp
         # would leave no gradient to a value that once got outside.
@@ -174,7 +174,7 @@ def log_weight(model, x, z, mean, log_std):
     """log w in nats, for w = p(x|z) p(z) / q(z) and z drawn from q = N(mean, std^2).
 
     x [B, 1, 28, 28]; z, mean, log_std [B, D] -> [B]. Whatever q is, the mean of w is p(x), so the
-    mean of log w is at most log p(x) (Jensen). For q = q(z|x) it is the lower bound of training.
+    mean of log w is at most log p(x) (Jensen). With q = q(z|x) this mean is the lower bound.
     """
     # Both without the term log(2 pi) / 2, which cancels:
     log_prior = -(z**2 / 2).sum(-1)
@@ -209,7 +209,7 @@ def log_likelihood(model, x, num_samples, proposal="posterior"):
 @torch.no_grad()
 def evaluate(model, images):
     """rec and kl over a whole set [N, 1, 28, 28], without autocast: two floats, nats per image"""
-    torch.manual_seed(0)  # the same noise each time; training seeds anew for its next epoch
+    torch.manual_seed(0)  # the same noise each time; main seeds anew for each epoch
     sums = sum(torch.stack(model(x)[:2]) * len(x) for x in images.split(500))
     return (sums / len(images)).tolist()
 
@@ -286,7 +286,7 @@ def draw_curves(rows, run, heading, **levels):
                        "bits per dimension", rows, {"train": "train_bpd", "val": "val_bpd"}, levels)
 
 
-@common.command("vae.py")  # ends a mistake in one line, without a traceback
+@common.command("vae.py")  # prints a common.UserError without its traceback
 def main(argv=None):
     # -- Arguments, device and data -----------------------------------------------------------
     parser = argparse.ArgumentParser(
@@ -298,7 +298,7 @@ def main(argv=None):
     parser.add_argument("--lr", type=common.number(float, 0), default=5e-3,
                         help="highest learning rate")
     common.add_run_arguments(parser, batch_size=64)
-    # state: the content of the run's last.pt where --resume is given, else None
+    # With --resume: args are the run's own, except those in may_change; state is its last.pt.
     args, state = common.parse_args(parser, argv, may_change={"epochs", "lr"})
 
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)
@@ -319,14 +319,14 @@ def main(argv=None):
         net = torch.compile(model, dynamic=False)  # the same weights; a graph for each batch size
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.05, fused=True)
-    # A sum over 784 pixels has large gradients: from torch's first scale of 2**16 float16 would
-    # overflow in the first ten steps.
+    # For float16. The loss is a sum over 784 pixels, so gradients are large: with the default scale
+    # of 2**16 they overflow, and the first ten steps are skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=2**6, enabled=dtype == torch.float16)
     rows = []  # one an epoch
 
     # -- A new run, or an old one to go on with -----------------------------------------------
     if state:
-        common.load_checkpoint(Path(args.resume, "best.pt"), args.script)  # fail now, not at the end
+        common.load_checkpoint(Path(args.resume, "best.pt"), args.script)  # if damaged, fail now
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty after training without float16
@@ -347,7 +347,8 @@ def main(argv=None):
 
     # -- Training -----------------------------------------------------------------------------
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        # From here on a resumed run draws the same numbers. (hash does not vary for integers.)
+        # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same
+        # as one that was never stopped. (The hash of integers is the same in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
         sums = torch.zeros(2, device=device)  # of rec and kl
@@ -355,8 +356,8 @@ def main(argv=None):
         bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
                    unit_scale=args.batch_size, disable=None, leave=False)
         for step, indices in enumerate(bar, (epoch - 1) * steps_per_epoch):
-            # The schedule: the rate rises in the first tenth of the steps, then falls to zero. (A
-            # run that is extended goes to its place in the longer one.)
+            # The schedule: the rate rises in the first tenth of the steps, then falls to zero. (If a
+            # run is extended, the rate goes up again, to its place in the longer schedule.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             optimizer.param_groups[0]["lr"] = args.lr * min(progress / 0.1, (1 - progress) / 0.9)
             x = train[indices]  # [B, 1, 28, 28]
@@ -370,20 +371,20 @@ def main(argv=None):
             sums += torch.stack([rec, kl]).detach() * len(x)
             if step % 50 == 49:  # not each time: to read the loss is to wait for the device
                 bar.set_postfix_str(f"bpd {bpd.item():.3f}")
-                if not bpd.isfinite():  # weights are checked where they are saved
+                if not bpd.isfinite():  # (weights are checked in save_checkpoint)
                     raise common.UserError(f"the loss is not finite at step {step + 1}: start "
                                            f"again with a lower --lr ({run} holds what was saved)")
         train_rec, train_kl = (sums / len(train)).tolist()
         train_seconds = time.perf_counter() - began
         val_rec, val_kl = evaluate(model, val)
-        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # of the run
+        seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # cumulative
         row = {"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
                "images_per_s": round(len(train) / train_seconds),
                "train_rec": train_rec, "train_kl": train_kl, "val_rec": val_rec, "val_kl": val_kl,
                "train_bpd": elbo_to_bpd(train_rec + train_kl, train.shape),
                "val_bpd": elbo_to_bpd(val_rec + val_kl, val.shape)}
         rows.append(row)
-        if row["val_bpd"] == min(row["val_bpd"] for row in rows):  # the best so far
+        if row["val_bpd"] == min(other["val_bpd"] for other in rows):  # the best so far
             common.save_checkpoint(run / "best.pt", {
                 "model": model.state_dict(), "epoch": epoch, "args": vars(args)})
         common.save_checkpoint(run / "last.pt", {
