@@ -56,7 +56,7 @@ def command(script):
               "checkpoint", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit: let it write to where anything may go.
+        # Python flushes stdout once more at exit, which would fail: point it at the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -93,15 +93,17 @@ def add_run_arguments(parser, batch_size=None):
         "where it already holds something")
     add("--resume", metavar="DIR", help="go on with the run in DIR under its own arguments; with "
         "nothing left to train, print its test figures")
-    # Kept in each checkpoint; runs of the first edition cannot be resumed.
+    # load_checkpoint compares this: runs of another script, or of the first edition of this
+    # project, cannot be resumed.
     parser.set_defaults(script=f"{parser.prog}, edition 2")
 
 
 def parse_args(parser, argv, may_change):
     """-> the arguments, and with --resume the content of the run's last.pt, else None
 
-    With --resume the run's own arguments are the defaults. Only the flags in `may_change`, and the
-    ones below that change no result, may differ from them. Raises UserError for others.
+    With --resume the run's own arguments are the defaults. Of the flags given beside it, those in
+    `may_change`, and those that only say where and how to compute, may differ from them. Raises
+    UserError for others.
     """
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -224,7 +226,7 @@ def read_images(name, data_dir):
         train, test = (getattr(datasets, title)(data_dir, flag) for flag in (True, False))
         images = torch.cat([train.data, test.data]).view(70_000, 1, 28, 28)
         labels = torch.cat([train.targets, test.targets]).view(70_000)
-        intact = hashlib.md5(images.numpy()).hexdigest() == MNIST_MD5 if name == "mnist" else True
+        intact = name != "mnist" or hashlib.md5(images.numpy()).hexdigest() == MNIST_MD5
     except Exception:  # torchvision's parser raises whatever it comes upon
         intact = False
     if not intact:
@@ -299,10 +301,11 @@ def open_run(args, state, name):
         return new_run_folder(args.out_dir or f"runs/{name}", args)
     run, epochs = Path(args.resume), state["args"]["epochs"]
     if args.epochs > len(state["rows"]):  # a row for each epoch that is done
-        if args.epochs > epochs:
-            print(f"{args.epochs} epochs instead of {epochs}: the learning rate goes back up, to "
-                  "its place in the longer schedule")
-        (run / "test.json").unlink(missing_ok=True)  # it is the shorter run's
+        if args.epochs != epochs:
+            print(f"{args.epochs} epochs instead of {epochs}: the learning rate "
+                  f"{'rises again' if args.epochs > epochs else 'falls'} to its place in the new "
+                  "schedule")
+        (run / "test.json").unlink(missing_ok=True)  # of the run as it was
         save_checkpoint(run / "last.pt", state | {"args": vars(args)})
         write_json(run / "args.json", vars(args), indent=2)
     return run
@@ -381,7 +384,7 @@ def load_checkpoint(path, script):
 
 @contextlib.contextmanager
 def picture(path, width, height, title):
-    """`with picture(...) as figure:` draw on a figure of width x height inches, then saved."""
+    """`with picture(...) as figure:` draw; the figure (in inches) is saved at the block's end."""
     from matplotlib.figure import Figure  # here, as it is slow; without pyplot, so no window
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -414,7 +417,7 @@ def tile(images, columns, gap=1):
 def save_image(path, image, title):
     """One grey-scale image [H, W] in [0, 1]."""
     height, width = image.shape
-    # 60 pixels an inch, half as many as on the screen; 0.6 inches for the title
+    # At 120 dots an inch (see above) a pixel becomes 2 x 2 dots; 0.6 inches are for the title.
     with picture(path, width / 60, height / 60 + 0.6, title) as figure:
         axes = figure.add_subplot()
         axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1)

@@ -2083,7 +2083,7 @@ class CommandLine:
                 self.assertRegex(out, r"2 of them done.*\n(the best.*\n)?test: ")
             status, out, _ = run_main(self.module.main, "--resume", run, "--epochs", 4)
         self.assertEqual(status, 0)
-        self.assertIn("4 epochs instead of 2: the learning rate goes back up", out)
+        self.assertIn("4 epochs instead of 2: the learning rate rises again", out)
         self.assertEqual(json.loads(Path(run, "args.json").read_text())["epochs"], 4)
         self.assertEqual(len(Path(run, "metrics.jsonl").read_text().splitlines()), 4)
         longer = self.last_of(run)

@@ -356,8 +356,8 @@ def main(argv=None):
         bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
                    unit_scale=args.batch_size, disable=None, leave=False)
         for step, indices in enumerate(bar, (epoch - 1) * steps_per_epoch):
-            # The schedule: the rate rises in the first tenth of the steps, then falls to zero. (If a
-            # run is extended, the rate goes up again, to its place in the longer schedule.)
+            # The schedule: the rate rises in the first tenth of the steps, then falls to zero. (If
+            # a run is extended, the rate goes up again, to its place in the longer schedule.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             optimizer.param_groups[0]["lr"] = args.lr * min(progress / 0.1, (1 - progress) / 0.9)
             x = train[indices]  # [B, 1, 28, 28]
