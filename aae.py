@@ -127,8 +127,8 @@ class Decoder(nn.Module):
             init(nn.Conv2d(c, c, 3, padding=1)), nn.ReLU(),                             # 14x14
             init(nn.ConvTranspose2d(c, 1, output_padding=1, **up), gain=1))             # -> 28x28
         # Most pixels are -1, the background. With a bias of 0 the first steps push all outputs so
-        # far down that tanh has no gradient left: 5 of 6 seeds never recovered. With -1 none did
-        # so; tanh(-1) = -0.76 is near the images' mean.
+        # far down that tanh has no gradient left, and 5 of 6 seeds never recovered. With -1 all six
+        # learned; tanh(-1) = -0.76 is near the mean of the images.
         nn.init.constant_(self.net[-1].bias, -1)
 
     def forward(self, z):
