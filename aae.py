@@ -127,8 +127,8 @@ class Decoder(nn.Module):
             init(nn.Conv2d(c, c, 3, padding=1)), nn.ReLU(),                             # 14x14
             init(nn.ConvTranspose2d(c, 1, output_padding=1, **up), gain=1))             # -> 28x28
         # Most pixels are -1, the background. With a bias of 0 the first steps push all outputs so
-        # far down that tanh has no gradient left, and 5 of 6 seeds never recovered. With -1 all six
-        # learned; tanh(-1) = -0.76 is near the mean of the images.
+        # far down that tanh has no gradient left: 5 of 6 seeds never recovered. With -1 none did
+        # so; tanh(-1) = -0.76 is near the images' mean.
         nn.init.constant_(self.net[-1].bias, -1)
 
     def forward(self, z):
@@ -407,7 +407,7 @@ def main(argv=None):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    run = common.open_run(args, state, name)
+    run = common.open_run(args, state, name, len(rows))
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; {len(data.train):,} train, {len(data.val):,} val, "
@@ -495,7 +495,8 @@ def main(argv=None):
     draw_pictures(model, data.test, data.test_labels, codes, run, f"{heading}, test images",
                   len(rows))
     draw_curves(rows, run, heading, test=figures["test_mse"])
-    common.close_run(args, run, rows, figures | {"epoch": len(rows), "device": str(device)})
+    common.close_run(args, run, rows, figures | {"epoch": len(rows), "device": str(device)},
+                     len(rows))
     print(f"{heading} -> {run}")
 
 

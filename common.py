@@ -292,30 +292,30 @@ def new_run_folder(path, args):
                             "pass another --out-dir") from error
 
 
-def open_run(args, state, name):
+def open_run(args, state, name, done, total="epochs"):
     """-> the run's folder: a new one, or with --resume the old one. state: its last.pt, or None
 
-    If there is something left to train, args.json and last.pt take the arguments given now.
+    done: how many of args.`total` are trained. If there is something left, args.json and last.pt
+    take the arguments given now.
     """
     if state is None:
         return new_run_folder(args.out_dir or f"runs/{name}", args)
-    run, epochs = Path(args.resume), state["args"]["epochs"]
-    if args.epochs > len(state["rows"]):  # a row for each epoch that is done
-        if args.epochs != epochs:
-            print(f"{args.epochs} epochs instead of {epochs}: the learning rate "
-                  f"{'rises again' if args.epochs > epochs else 'falls'} to its place in the new "
-                  "schedule")
+    run, new, old = Path(args.resume), getattr(args, total), state["args"][total]
+    if new > done:
+        if new != old:
+            print(f"{new:,} {total.replace('_', ' ')} instead of {old:,}: the learning rate "
+                  f"{'rises again' if new > old else 'falls'} to its place in the new schedule")
         (run / "test.json").unlink(missing_ok=True)  # of the run as it was
         save_checkpoint(run / "last.pt", state | {"args": vars(args)})
         write_json(run / "args.json", vars(args), indent=2)
     return run
 
 
-def close_run(args, run, rows, figures):
-    """Write test.json, if all epochs of the run are done and it is not there yet."""
-    # Not args.epochs, which is smaller where --resume only looks at a run:
-    epochs = load_checkpoint(run / "last.pt", args.script)["args"]["epochs"]
-    if len(rows) == epochs and not (run / "test.json").exists():
+def close_run(args, run, rows, figures, done, total="epochs"):
+    """Write test.json, if all of the run is trained and it is not there yet."""
+    # Not args, whose total is smaller where --resume only looks at a run:
+    planned = load_checkpoint(run / "last.pt", args.script)["args"][total]
+    if done == planned and not (run / "test.json").exists():
         write_json(run / "metrics.jsonl", *rows)  # a kill may have come between last.pt and this
         write_json(run / "test.json", figures | {"seconds": rows[-1]["seconds"],
                                                  "torch": torch.__version__}, indent=2)
@@ -333,10 +333,11 @@ def save(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         # On a full disk torch.save raises a RuntimeError, whose context is the OSError.
-        reason = error if isinstance(error, OSError) else error.__context__
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(reason, OSError):
             raise
         raise UserError(f"{path} cannot be written ({reason.strerror}); what was there before "

@@ -1,40 +1,36 @@
-"""GPT-2, a Transformer that writes text (Radford et al., 2019, "Language Models are Unsupervised
+"""GPT, a Transformer that writes text (Radford et al., 2019, "Language Models are Unsupervised
 Multitask Learners"; the Transformer is Vaswani et al., 2017, arXiv:1706.03762).
 
-    A text is a sequence of tokens x_1, ..., x_T: words, parts of words, or characters. The model
-    gives the probability of each, given those before it:
+    A text is a sequence of tokens x_1, ..., x_T: characters, or parts of words.
 
     p(x_1, ..., x_T) = prod_t p(x_t | x_1, ..., x_{t-1})
 
-    It is trained by minimising the mean of -log p(x_t | x_1, ..., x_{t-1}), the cross-entropy in
-    nats per token, and writes by drawing x_t from that distribution again and again.
+    Training minimises the mean of -log p(x_t | x_1, ..., x_{t-1}), the cross-entropy in nats per
+    token. Writing draws x_t from this distribution, again and again.
 
-    python gpt.py train                  train a small one from nothing, on tiny Shakespeare
+    python gpt.py train                  a small model from scratch, on tiny Shakespeare
     python gpt.py train --init gpt2 --text my.txt
-                                         go on training OpenAI's GPT-2, on a text of yours
+                                         OpenAI's GPT-2, trained further on a text of yours
     torchrun --nproc-per-node=8 gpt.py train --text my.txt --tokenizer gpt2 --size gpt2
-                                         train one of its size from nothing, on eight GPUs
+                                         a model of GPT-2's size from scratch, on eight GPUs
     python gpt.py generate --prompt "Yesterday I went to the" --num-samples 10
-                                         what OpenAI's GPT-2 makes of it, ten times
-    python gpt.py generate --model gpt2-xl --greedy --prompt "The capital of France is"
-                                         a larger model, and always its most probable token
-    python gpt.py generate --model DIR --prompt - < prompt.txt
-                                         weights from a folder or a run, a prompt from a file
+                                         ten texts by OpenAI's GPT-2
+    python gpt.py generate --model runs/gpt-tinyshakespeare --prompt "ROMEO:"
+                                         a text by a model that `train` made
 
-OpenAI's weights are downloaded once, into torch's own cache. A run leaves in its folder, such as
-runs/gpt-tinyshakespeare: args.json, metrics.jsonl (one row an evaluation), last.pt (to resume
-from), best.pt (to generate with), sample_step_....txt, loss.png, test.json (the best figures in
-validation) and GPT-2's tokenizer where it is used; and beside that folder the text as tokens, in
-tokens-....bin, for the next run.
+A run's folder holds its best model in the layout of the Hugging Face hub (config.json,
+model.safetensors, vocab.json, merges.txt), so transformers can load it; and args.json,
+metrics.jsonl, last.pt to resume from, loss.png, test.json and samples. The text's tokens are kept
+beside the folder, for the next run.
 
-The assignment is the University of Amsterdam's Deep Learning Practical 3 (2023); "Equation" and
-"Q" (question) refer to it. In the comments on shapes B is the batch size, T the number of tokens
-in a sequence, S that of the tokens which they may look at, C the size of a token's embedding, H the
-number of attention heads and V that of tokens in the vocabulary.
+Comments that begin with Q3.1, Q3.2, Q3.3 answer questions of the University of Amsterdam's Deep
+Learning Practical 3 (2023). In comments on shapes B is the batch, T the sequence, S the positions
+that it may look at, C the embedding, H the heads and V the vocabulary.
 """
 
 import argparse
 import codecs
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -45,11 +41,11 @@ import itertools
 import json
 import math
 import mmap
+import numbers
 import os
 import re
+import shlex
 import shutil
-import signal
-import socket
 import sys
 import tempfile
 import textwrap
@@ -57,10 +53,9 @@ import time
 import unicodedata
 import urllib.request
 import zipfile
-from collections import defaultdict
+import zlib
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,8 +66,7 @@ from tqdm import tqdm
 
 import common
 
-# ---------------------------------------------------------------------------------------------
-# The network
+# -- The model --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -84,11 +78,17 @@ class GPTConfig:
     n_embd: int  # C
     dropout: float = 0.0
     fused: bool = True  # attention by torch's fused kernel, not by attention() below
+    eos_token_id: int | None = None  # the token that ends a text
+    padded_vocab_size: int = 0  # in training: a multiple of 64 is faster on a GPU. 0: vocab_size
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"the sizes {sizes} are not all whole numbers above 0")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            size = getattr(self, name)
+            if not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"{name} {size!r} is not a whole number above 0")
+            setattr(self, name, int(size))  # also numpy's integers
+        if not isinstance(self.eos_token_id, numbers.Integral | None):
+            raise ValueError(f"eos_token_id {self.eos_token_id!r} is not a token's number")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -101,44 +101,19 @@ SIZES = {  # n_layer, n_head, n_embd: of OpenAI, Gopher, nanoGPT and minGPT
 
 
 def attention(q, k, v, mask, dropout_p=0.0):
-    """Scaled dot-product attention, softmax(q k^T / sqrt(C / H)) v (Equation 22; Q3.2).
+    """Scaled dot-product attention, softmax(q k^T / sqrt(C / H)) v (Vaswani et al., equation 1).
 
     q: [B, H, T, C / H]; k and v: [B, H, S, C / H]; mask: boolean [T, S], True where a query may
     look. -> [B, H, T, C / H]
     """
+    # Q3.1, the cost of long sequences: time and memory grow with T * S, the length squared. Fused
+    # kernels compute the same piece by piece, and never hold all T * S scores (Dao et al., 2022,
+    # arXiv:2205.14135). Q3.2, the steps: scores, mask, softmax, dropout, weighted sum.
     q = q / math.sqrt(q.size(-1))  # before the product, which could overflow in float16
     scores = q @ k.transpose(-2, -1)  # [B, H, T, S]
     scores = scores.masked_fill(~mask, -math.inf)
-    weights = F.softmax(scores, dim=-1)
-    weights = F.dropout(weights, dropout_p)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout_p)
     return weights @ v
-
-
-def linear(x, weight, bias=None):
-    """F.linear, [..., n_in] -> [..., n_out]. In generation on a CPU it takes all threads.
-
-    torch multiplies a matrix by a vector on one thread, and a batch of matrices on all of them. So
-    the rows of `weight` are taken in groups, as a batch: on 4 threads, 768 -> 2304 for N vectors
-    becomes [4, 576, 768] @ [4, 768, N]. In float32 that is up to twice as fast for a few vectors.
-    """
-    n_out, n_in = weight.shape
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 32 * n_in:
-        return F.linear(x, weight, bias)
-    groups = min(torch.get_num_threads(), n_out)
-    while n_out % groups:  # up to the next number that divides n_out
-        groups += 1
-    columns = x.reshape(-1, n_in).t().expand(groups, n_in, -1)  # [groups, n_in, N]
-    weight = weight.view(groups, -1, n_in)  # [groups, n_out / groups, n_in]
-    if bias is None:
-        y = torch.bmm(weight, columns)  # [groups, n_out / groups, N]
-    else:
-        y = torch.baddbmm(bias.view(groups, -1, 1), weight, columns)
-    return y.view(n_out, -1).t().contiguous().view(*x.shape[:-1], n_out)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -147,42 +122,40 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.fused = config.n_head, config.fused
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, start=0):
         """x: [B, T, C] -> [B, T, C]
 
         cache: [2, B, H, room, C / H], with the keys and values of the first `start` positions, to
-        which those of x are added. It works without gradients only, and x is then a whole prompt
-        (start = 0) or one position (T = 1).
+        which those of x are added. x is then a whole window (start = 0) or one position (T = 1).
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, C / H]
         q, k, v = qkv
         if cache is not None:
-            assert start + T <= cache.size(3) and (start == 0 or T == 1)
+            assert start == 0 or T == 1
             cache[:, :, :, start:start + T] = qkv[1:]
             k, v = cache[:, :, :, :start + T]  # [B, H, S, C / H]
         dropout_p = self.dropout.p if self.training else 0.0
         if self.fused:
-            # A single query is the last position, and may look at all.
+            # A single query is the last position, and may look at all others.
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         else:
             S = k.size(2)
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
             y = attention(q, k, v, mask, dropout_p)
-        y = y.transpose(1, 2).flatten(2)  # [B, T, C]
-        return self.dropout(self.c_proj(y))
+        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -204,102 +177,97 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Parameters are named as in the public GPT-2 checkpoints, which hold the matrices of Linear
-    transposed. The output head has none of its own: it is `wte`, the embedding of the tokens."""
+    """Parameters are named as in the public GPT-2 checkpoints. The output layer has none of its
+    own: its matrix is wte, the embedding of the tokens."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         # nn.Embedding(...) would draw values, for which the "meta" device takes seconds.
-        wte = torch.empty(config.vocab_size, config.n_embd)
+        wte = torch.empty(config.padded_vocab_size or config.vocab_size, config.n_embd)
         wpe = torch.empty(config.block_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
         self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        if not wte.is_meta:  # tensors on "meta" have shapes, and no values
-            self.init_weights()
-
-    def init_weights(self):
-        """Normal, as in OpenAI's code; the matrices that end the 2 n_layer residual branches are
-        divided by sqrt(2 n_layer), as in the paper."""
+        if wte.is_meta:  # tensors on "meta" have a shape, and no values
+            return
+        # Normal, as in OpenAI's code; the matrices that end the 2 n_layer residual branches are
+        # divided by sqrt(2 n_layer), as in the paper.
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = 0.01 if name == "wpe.weight" else 0.02
                 if name.endswith("c_proj.weight"):
-                    std /= math.sqrt(2 * self.config.n_layer)
+                    std /= math.sqrt(2 * config.n_layer)
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)
 
     def hidden(self, idx, cache=None, start=0):
         """From tokens idx [B, T], the first of which is at position `start`, through all layers
-        and the last LayerNorm. -> [B, T, C]. `cache`: CausalSelfAttention's of all layers."""
-        T, block_size = idx.size(1), self.config.block_size
-        assert 0 < start + T <= block_size, f"{start + T} tokens, of at most {block_size}"
-        x = self.wte(idx) + self.wpe.weight[start:start + T]  # [B, T, C]
-        x = self.dropout(x)
+        and the last LayerNorm. -> [B, T, C]. cache: [n_layer, 2, B, H, room, C / H]"""
+        end, block_size = start + idx.size(1), self.config.block_size
+        assert 0 < end <= block_size, f"{end} tokens, of at most {block_size}"
+        x = self.wte(idx) + self.wpe.weight[start:end]  # [B, T, C]
+        x = self.dropout(x).to(self.h[0].ln_1.weight.dtype)  # only the layers may be in 16 bits
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i], start)
-        return self.ln_f(x)
+        return self.ln_f(x.to(self.ln_f.weight.dtype))
+
+    def logits(self, x):
+        """[..., C] -> [..., V]"""
+        return F.linear(x, self.wte.weight)[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None):
         """idx: tokens [B, T] -> logits [B, T, V] of the tokens that follow each of them, and the
         loss: their mean cross-entropy with `targets` [B, T], in nats per token, or None."""
-        logits = linear(self.hidden(idx), self.wte.weight)
+        logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
-        # In float32 at least: in bfloat16 the loss itself is rounded, by up to 0.1 nats.
+        # In float32 at least: bfloat16 has steps of 0.03 near a loss of 5.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits, F.cross_entropy(precise.flatten(0, 1), targets.flatten())
 
     def generate(self, idx, max_new_tokens, *, do_sample=True, temperature=1.0, top_k=None,
-                 top_p=None, stop_token=None, generator=None, use_cache=True):
+                 top_p=None, stop_token=None, generator=None):
         """Continue idx [B, T], of which the model sees the last block_size tokens.
 
-        See `next_token` for how tokens are chosen. After `stop_token` a row holds nothing else.
-        Without use_cache the whole sequence is computed again for each token; the result is the
-        same. -> [B, T + max_new_tokens]
+        See `next_token` for how tokens are chosen. After `stop_token` a row repeats it.
+        -> [B, T + max_new_tokens]. Raises ValueError for an empty or one-dimensional idx.
         """
         choose = functools.partial(next_token, do_sample=do_sample, temperature=temperature,
                                    top_k=top_k, top_p=top_p, generator=generator)
         training = self.training
         self.eval()
         try:
-            new = self.stream(idx, max_new_tokens, choose, stop_token, use_cache)
-            tokens = torch.cat([idx, *new], dim=1)
+            tokens = torch.cat([idx, *self.stream(idx, max_new_tokens, choose, stop_token)], dim=1)
         finally:
             self.train(training)
         missing = idx.size(1) + max_new_tokens - tokens.size(1)
         return F.pad(tokens, (0, missing), value=stop_token)
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, choose, stop_token=None, use_cache=True):
-        """Yield the tokens [B, 1] that continue idx [B, T], as they are made, of a model in
-        evaluation mode.
-
-        choose: a function from logits [B, V] to tokens [B, 1]. The stream ends early once each
-        row has come to `stop_token`.
-        """
+    def stream(self, idx, max_new_tokens, choose, stop_token=None):
+        """Yield the tokens [B, 1] that continue idx [B, T] as they are made, of a model in
+        evaluation mode. choose: a function from logits [B, V] to tokens [B, 1]. The stream ends
+        early once each row has come to `stop_token`."""
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"idx has to be [B, T] with a token or more, not {list(idx.shape)}")
+        assert max_new_tokens >= 0 and not self.training
         (B, T), config = idx.shape, self.config
-        assert T > 0 and max_new_tokens >= 0 and not self.training
-        if use_cache:
-            cache = torch.empty(  # keys and values
-                config.n_layer, 2, B, config.n_head, min(T + max_new_tokens, config.block_size),
-                config.n_embd // config.n_head, dtype=self.wte.weight.dtype, device=idx.device)
+        cache = torch.empty(  # keys and values
+            config.n_layer, 2, B, config.n_head, min(T + max_new_tokens, config.block_size),
+            config.n_embd // config.n_head, dtype=self.h[0].ln_1.weight.dtype, device=idx.device)
+        cached = 0  # how many positions of the window are in the cache
         stopped = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        for length in range(T, T + max_new_tokens):
-            if use_cache and length <= config.block_size:
-                start = 0 if length == T else length - 1  # the whole prompt, then the last token
-                x = self.hidden(idx[:, start:], cache, start)
-            else:
-                # In a window that slides each token has a new position, so a new embedding: no
-                # key and no value of the window before it still holds, in any layer.
-                x = self.hidden(idx[:, -config.block_size:])
-            token = choose(linear(x[:, -1], self.wte.weight))
+        for _ in range(max_new_tokens):
+            window = idx[:, -config.block_size:]
+            x = self.hidden(window[:, cached:], cache, cached)
+            # Next time only the new token is not in the cache. But once the window slides, each of
+            # its tokens has a new position, and nothing in the cache is right any more.
+            cached = window.size(1) if idx.size(1) < config.block_size else 0
+            token = choose(self.logits(x[:, -1]))
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
@@ -309,33 +277,12 @@ class GPT(nn.Module):
             idx = torch.cat([idx, token], dim=1)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dropout=0.0):
-        """A trained model, in evaluation mode, float32 and on the CPU.
-
-        name_or_path: one of PRETRAINED, which is downloaded once; or a folder that holds
-        config.json with model.safetensors or pytorch_model.bin, or one such file beside its
-        config.json; or the folder of a run of this script. dropout: for training it further.
-
-        Raises ConnectionError where a download fails, FileNotFoundError for files that are not
-        there, and ValueError for files that are damaged or hold another model than this one.
-        """
-        path = find_weights(name_or_path)
-        config, weights = read_weights(path)
-        config.dropout = dropout
-        with torch.device("meta"):  # shapes without memory
-            model = cls(config)
-        ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if wrong := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
-            raise ValueError(f"{path} does not hold this model: " + ", ".join(
-                f"{name} {theirs.get(name, 'missing')} for {ours.get(name, 'none')}"
-                for name in wrong))
-        model.to_empty(device="cpu")
-        model.load_state_dict(weights)
-        return model.eval()
+    def from_pretrained(cls, name_or_dir, dropout=0.0):
+        """A trained model, as load_model (below) reads it: float32, on the CPU, in eval mode."""
+        return load_model(name_or_dir, dropout)
 
     def crop(self, block_size):
-        """Keep the first `block_size` positions alone. Raises ValueError where there are fewer."""
+        """Keep only the first `block_size` positions. Raises ValueError where there are fewer."""
         if block_size > self.config.block_size:
             raise ValueError(f"the model was trained for blocks of at most "
                              f"{self.config.block_size:,} tokens, not of {block_size:,}")
@@ -353,7 +300,8 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=None, 
     - the fewest, the most probable first, that make up a share of at least top_p (None or 1: all;
       0: the first; Holtzman et al., 2020, arXiv:1904.09751).
     """
-    assert temperature >= 0
+    if temperature < 0 or (top_k or 0) < 0:
+        raise ValueError(f"temperature {temperature} and top_k {top_k} must not be negative")
     if not do_sample or temperature < 1e-6:  # 0, or as good as 0
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -371,567 +319,116 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=None, 
     return torch.multinomial(probs, 1, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizers
-
-END_OF_TEXT = "<|endoftext|>"
-# Unicode's \s. That of Python's re has four control characters more.
-WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-
-
-@functools.cache
-def word_pattern():
-    r"""How GPT-2 splits a text into words, numbers, other characters and white space:
-
-    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-
-    with Unicode's letters, \p{L}, and numbers, \p{N}, written out, as Python's re has neither.
-    """
-    classes = defaultdict(str)
-    characters = map(chr, range(sys.maxunicode + 1))
-    for kind, run in itertools.groupby(characters, lambda c: unicodedata.category(c)[0]):
-        run = list(run)
-        classes[kind] += f"{re.escape(run[0])}-{re.escape(run[-1])}"
-    letter, number, space = classes["L"], classes["N"], WHITE_SPACE
-    return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?[{letter}]+| ?[{number}]+"
-                      f"| ?[^{space}{letter}{number}]+|[{space}]+(?![^{space}])|[{space}]+")
-
-
-class BPETokenizer:
-    """GPT-2's byte-level byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909).
-
-    A text is split into words, and a word into its UTF-8 bytes, a token each. Then, again and
-    again, two tokens side by side become one: the pair that stands earliest in a list of 50,000,
-    and where it occurs twice, the left one.
-
-    vocab_file, merges_file: the paths of GPT-2's vocab.json and merges.txt. Raises ValueError
-    where they do not belong together, and OSError where they cannot be read.
-    """
-
-    def __init__(self, vocab_file, merges_file):
-        self.files = (Path(vocab_file), Path(merges_file))
-        # The files write a byte as a character that can be seen: its own, or one past U+00FF.
-        visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-        others = itertools.count(256)
-        alphabet = [chr(b if b in visible else next(others)) for b in range(256)]
-        byte_of = {character: byte for byte, character in enumerate(alphabet)}
-        try:
-            vocab = json.loads(Path(vocab_file).read_text(encoding="utf-8"))
-            if sorted(vocab.values()) != [*range(len(vocab))]:
-                raise ValueError("the ids are not 0, 1, 2, ...")
-            self.bytes_of = {id: bytes(byte_of[c] for c in token) for token, id in vocab.items()}
-            self.byte_ids = [vocab[character] for character in alphabet]
-            self.merges = []  # (left, right, both together), as ids
-            for line in Path(merges_file).read_text(encoding="utf-8").split("\n"):
-                if line and not line.startswith("#version"):
-                    left, right = line.split(" ")
-                    self.merges.append((vocab[left], vocab[right], vocab[left + right]))
-            made = {*self.byte_ids, *(merged for _, _, merged in self.merges)}
-            for token, id in vocab.items():
-                if id not in made and token[0] + token[-1] != "<>":  # as in <|endoftext|>
-                    raise ValueError(f"no merge makes {token!r}")
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{vocab_file} and {merges_file} are damaged or do not belong "
-                             f"together ({type(error).__name__}: {error})") from error
-        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
-        self.end_of_text = vocab.get(END_OF_TEXT)
-        self.start = vocab.get(END_OF_TEXT, 0)  # what a text without a prompt starts from
-        self.word_ids = functools.lru_cache(maxsize=2**16)(self._merge)
-
-    def __len__(self):
-        return len(self.bytes_of)
-
-    def num_bytes(self, id):
-        return len(self.bytes_of[id])
-
-    def _merge(self, word):
-        """The ids of one word, in a time that grows little faster than its length."""
-        ids = [self.byte_ids[byte] for byte in word.encode("utf-8")]
-        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # neighbours
-        pairs = enumerate(itertools.pairwise(ids))
-        queue = [(self.ranks[pair], i) for i, pair in pairs if pair in self.ranks]
-        heapq.heapify(queue)
-        while queue:
-            rank, i = heapq.heappop(queue)
-            left, right, merged = self.merges[rank]
-            j = after[i]
-            if ids[i] != left or j == len(ids) or ids[j] != right:
-                continue  # one of the two has been merged since
-            ids[i], ids[j], after[i] = merged, None, after[j]
-            h, k = before[i], after[i]
-            if h >= 0 and (rank := self.ranks.get((ids[h], merged))) is not None:
-                heapq.heappush(queue, (rank, h))
-            if k < len(ids):
-                before[k] = i
-                if (rank := self.ranks.get((merged, ids[k]))) is not None:
-                    heapq.heappush(queue, (rank, i))
-        return [id for id in ids if id is not None]
-
-    def encode(self, text, special=False):
-        """text -> list of ids. `<|endoftext|>` is text like any other, or with `special` the one
-        token of that name (ValueError if there is none). Half a surrogate pair counts as U+FFFD."""
-        if special and self.end_of_text is None:
-            raise ValueError(f"the vocabulary has no {END_OF_TEXT}")
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = []
-        for i, part in enumerate(text.split(END_OF_TEXT) if special else [text]):
-            if i > 0:
-                ids.append(self.end_of_text)
-            for word in word_pattern().findall(part):
-                ids += self.word_ids(word)
-        return ids
-
-    def stream(self, ids):
-        """Yield the text of each of `ids` as it comes; what is only part of a character waits for
-        the rest of it. What is no UTF-8, or no id, becomes U+FFFD."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for id in ids:
-            yield decoder.decode(self.bytes_of.get(int(id), b"\xff"))
-        yield decoder.decode(b"", final=True)
-
-    def decode(self, ids):
-        """list of ids -> text"""
-        return "".join(self.stream(ids))
-
-
-class CharTokenizer:
-    """A token for each character of the string `characters`."""
-
-    end_of_text = None
-
-    def __init__(self, characters):
-        self.characters = characters
-        self.ids = {character: id for id, character in enumerate(characters)}
-        self.start = self.ids.get("\n", 0)  # what a text without a prompt starts from
-
-    def __len__(self):
-        return len(self.characters)
-
-    def num_bytes(self, id):
-        return len(self.characters[id].encode("utf-8"))
-
-    def encode(self, text):
-        """text -> list of ids. Raises ValueError for characters that are not among them."""
-        if unknown := set(text) - self.ids.keys():
-            raise ValueError(f"the model never saw {''.join(sorted(unknown))!r}, and has no token "
-                             "for it")
-        return [self.ids[character] for character in text]
-
-    def stream(self, ids):
-        """Yield the character of each of `ids` as it comes; U+FFFD for what is no id."""
-        for id in ids:
-            yield self.characters[int(id)] if 0 <= id < len(self.characters) else "\ufffd"
-
-    def decode(self, ids):
-        """list of ids -> text"""
-        return "".join(self.stream(ids))
-
-
-# ---------------------------------------------------------------------------------------------
-# Pretrained weights
-
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-HUB = "https://huggingface.co/openai-community"
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
-# Settings of a config.json that change what a model computes, and their values that are
-# implemented here; the first is what a setting that is left out stands for.
-IMPLEMENTED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the same
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
-}
-
-DTYPES = {  # as safetensors names them
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
-
-
-def find_weights(name_or_path):
-    """-> the path of a file of weights, after downloading it if it is one of PRETRAINED"""
-    if name_or_path in PRETRAINED:
-        folder = download(name_or_path, "config.json", *TOKENIZER_FILES, "model.safetensors")
-        return folder / "model.safetensors"
-    path = Path(name_or_path)
-    names = ("model.safetensors", "pytorch_model.bin", "best.pt", "last.pt")
-    if path.is_dir():
-        path = next((path / name for name in names if (path / name).exists()), path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is neither {', '.join(PRETRAINED)} nor a file of weights "
-                                f"nor a folder with one: {', '.join(names)}")
-    return path
-
-
-def fetch(url, path):
-    """Download a file, whole or not at all.
-
-    Raises ConnectionError where that fails, after 15 seconds without an answer.
-    """
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(15)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{url} -> {path}", file=sys.stderr)
-        part = path.with_name(f"{path.name}.part")
-        torch.hub.download_url_to_file(url, part, progress=sys.stderr.isatty())
-        with urllib.request.urlopen(url) as response:  # torch compares no length
-            if response.length not in (None, part.stat().st_size):
-                raise ConnectionError("it broke off")
-        part.replace(path)
-    except (OSError, HTTPException, ValueError) as error:
-        raise ConnectionError(f"{path.name} is not in {path.parent} and could not be downloaded "
-                              f"({error}): run once online, or put it there") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def download(name, *files):
-    """-> the folder in torch's cache with these files of one of PRETRAINED"""
-    folder = Path(torch.hub.get_dir(), "checkpoints", name)
-    for file in files:
-        if not (folder / file).exists():
-            fetch(f"{HUB}/{name}/resolve/main/{file}", folder / file)
-    return folder
-
-
-def read_config(path):
-    """config.json -> GPTConfig. Raises ValueError for a model that this file cannot compute."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for setting, values in IMPLEMENTED.items():
-            if config.get(setting, values[0]) not in values:
-                raise ValueError(f"its {setting} is {config[setting]!r}, and gpt.py computes only "
-                                 f"{values[0]!r}")
-        return GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"],
-                         config["n_head"], config["n_embd"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is not there: put it beside the weights") from error
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} describes no GPT-2 ({reason})") from error
-
-
-def read_tensors(path):
-    """-> what a file of weights holds; tensors stay in the file until they are used"""
-    try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        is_zip = zipfile.is_zipfile(path)  # torch 1.6 and later; else it cannot be mapped
-        if is_zip and (damaged := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"in {damaged}")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
-            raise ValueError("no tensors by name")
-        return saved
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds, where a file is not what its name says
-        reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
-        raise ValueError(f"{path} is damaged or holds no weights ({reason}): put a sound copy in "
-                         "its place") from error
-
-
-def read_safetensors(path):
-    """8 bytes with the length of the header, the header in JSON, and the tensors end to end."""
-    with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    data_start = 8 + int.from_bytes(memory[:8], "little")
-    header = json.loads(memory[8:data_start])
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), shape = entry["data_offsets"], entry["shape"]
-        tensors[name] = torch.frombuffer(memory, dtype=DTYPES[entry["dtype"]],
-                                         count=math.prod(shape), offset=data_start + start)
-        tensors[name] = tensors[name].view(shape)
-        if start != end or tensors[name].nbytes != stop - start:
-            raise ValueError(f"{name} is out of place")
-        end = stop
-    if data_start + end != len(memory):
-        raise ValueError(f"{len(memory):,} bytes for {data_start + end:,}")
-    return tensors
-
-
-def read_weights(path):
-    """-> GPTConfig and the weights by name, from one of the files that find_weights finds"""
-    if path.suffix == ".pt":
-        saved = read_tensors(path)
-        try:
-            return GPTConfig(**saved["config"]), dict(saved["model"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} was not written by gpt.py") from error
-    config, weights = read_config(path.with_name("config.json")), {}
-    for name, tensor in read_tensors(path).items():
-        name = name.removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-            continue  # the causal mask, and what it is filled with
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is no tensor of floating-point numbers")
-        if name in weights:
-            raise ValueError(f"{path} holds {name} twice")
-        transposed = ".c_" in name and name.endswith(".weight")  # [in, out] in these files
-        weights[name] = tensor.transpose(0, -1) if transposed else tensor
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
-        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, and gpt.py computes "
-                         "with one for both")
-    return config, weights
-
-
-def load_tokenizer(name_or_path):
-    """The tokenizer of the model that GPT.from_pretrained loads from the same place."""
-    path = find_weights(name_or_path)
-    if path.suffix == ".pt" and (characters := read_tensors(path).get("characters")):
-        return CharTokenizer(characters)
-    files = [path.with_name(name) for name in TOKENIZER_FILES]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is not there: put GPT-2's beside the weights")
-    return BPETokenizer(*files)
-
-
-# ---------------------------------------------------------------------------------------------
-# Arguments, stops, seeds and small files
-
-
-def integer(minimum):
-    """An argparse type: an integer of at least `minimum`."""
-
-    def parse(text):
-        if not minimum <= (value := int(text)) < 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is out of range (from {minimum})")
-        return value
-
-    parse.__name__ = "integer"  # argparse says "invalid integer value: 'two'"
-    return parse
-
-
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def number(minimum, maximum=float("inf")):
-    """An argparse type: a finite number from `minimum` to `maximum`, both of which it may be."""
-
-    def parse(text):
-        if not minimum <= (value := float(text)) <= maximum or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
-        return value
-
-    parse.__name__ = "number"  # argparse says "invalid number value: 'two'"
-    return parse
-
-
-def parse_run_args(parser, argv, run_args):
-    """parser.parse_args(argv) over `run_args`, the arguments of a run that goes on or is looked
-    at again: beside --resume or --eval only --device, --data-dir and --text may be given."""
-    argv = sys.argv[1:] if argv is None else argv
-    run_args = argparse.Namespace(**run_args | {"resume": None, "eval": None}) if run_args else None
-    args = parser.parse_args(argv, run_args)
-    given = [word.split("=")[0] for word in argv if word.startswith("--")]
-    for flag in {"--resume", "--eval"}.intersection(given):
-        if others := set(given) - {flag, "--device", "--data-dir", "--text"}:
-            parser.error(f"{flag} keeps the run's own arguments: leave out {' '.join(others)}")
-    return args
-
-
-class StopRequest:
-    """Within the `with` block Ctrl-C and SIGTERM only set `asked`, which the loop reads after
-    each step; a second Ctrl-C acts at once."""
-
-    def __enter__(self):
-        self.asked = False
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, signum, frame):
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def seed_for(*numbers):
-    """A seed of its own for numbers such as (seed, step); zeros at their end do not count. With
-    their sum, seed 1 would see at step 0 what seed 0 sees at step 1."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def seed_step(device, *numbers):
-    """Start the random numbers of `device` anew, from seed_for(*numbers)."""
-    if device.type == "cpu":  # torch.manual_seed takes 0.4 ms to note it for absent devices, too
-        torch.default_generator.manual_seed(seed_for(*numbers))
-    else:
-        torch.manual_seed(seed_for(*numbers))
-
-
-def write_text(path, text):
-    """Write a whole file or none: to a temporary name, then moved over the old one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_metrics(folder, rows):
-    """metrics.jsonl: one row an epoch or evaluation."""
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---------------------------------------------------------------------------------------------
-# The text, and the processes that share it
+# -- The text ---------------------------------------------------------------------------------
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
-STAND_IN = "python-topics.txt"
-PIECE = 2**20  # how many characters are read at a time
 
 
-class Text(NamedTuple):
-    path: Path
-    length: int  # in characters
-    characters: str  # the different ones
-    digest: str  # SHA-256
+def find_text(data_dir, fallback):
+    """-> the path of tiny Shakespeare, which is downloaded where it is not in data_dir
 
-
-def process():
-    """-> the rank of this process and how many there are: (0, 1) but under torchrun"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def add_up(tensor):
-    """Replace `tensor` by its sum over all processes, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def find_text(data_dir, stand_in):
-    """-> the path of tiny Shakespeare, which is downloaded where it is not in `data_dir`
-
-    Where that fails, it is the path of Python's documentation of itself, or without `stand_in`
-    a ConnectionError.
+    Where that fails, it is the path of Python's own documentation, or without `fallback` a
+    ConnectionError.
     """
     path = Path(data_dir, "tinyshakespeare.txt")
     try:
         if not path.exists():
             fetch(SHAKESPEARE, path)
     except ConnectionError as error:
-        if not stand_in:
+        if not fallback:
             raise
         from pydoc_data.topics import topics
 
         print(f"warning: {error}; this run learns Python's documentation", file=sys.stderr)
-        path = path.with_name(STAND_IN)
-        if not path.exists():
-            write_text(path, "\n".join(topics.values()))
+        path = path.with_name("python-topics.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.save(path, lambda file: file.write("\n".join(topics.values()).encode("utf-8")))
     return path
 
 
-def pieces(file, length, title):
-    """Yield the next `length` characters of a text file, a piece at a time.
-
-    The tokens of the pieces are those of the whole, as each piece ends before white space that
-    follows something else: within no token is there white space after anything else. (Where there
-    is no such place, a piece grows.)
-    """
-    before_space = re.compile(f".*[^{WHITE_SPACE}](?=[{WHITE_SPACE}])", re.DOTALL)
-    rest = ""
+def read_pieces(file, length, title):
+    """Yield the next `length` characters of an open text file, a million at a time."""
     with tqdm(desc=title, unit=" characters", unit_scale=True, delay=1, leave=False,
-              disable=process()[0] > 0 or None) as bar:
-        while new := file.read(min(length, PIECE)):
-            bar.update(len(new))
-            length -= len(new)
-            piece = rest + new
-            match = before_space.match(piece)
-            end = match.end() if match else 0
-            yield piece[:end]
-            rest = piece[end:]
-    yield rest
+              disable=None) as bar:
+        while piece := file.read(min(length, 2**20)):
+            length -= len(piece)
+            bar.update(len(piece))
+            yield piece
 
 
-def read_text(path, limit):
-    """The first `limit` characters of a file, or with None all of them. -> Text
+def scan_text(path, limit, distinct):
+    """-> the length of a text file, or of its first `limit` characters, its SHA-256, and with
+    `distinct` a string of its different characters
 
-    Raises UserError where there are none, and for what is no UTF-8.
+    Raises UserError where there are no characters, and for what is not UTF-8.
     """
     if not path.is_file():
-        raise common.UserError(f"{path} is no file: pass that of a UTF-8 text as --text")
+        raise common.UserError(f"--text {path} is not a file; a pipe, which can be read only once, "
+                               "has to be saved to one")
     length, characters, digest = 0, set(), hashlib.sha256()
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            for piece in pieces(file, limit or sys.maxsize, "reading"):
+            for piece in read_pieces(file, limit or sys.maxsize, "reading"):
                 length += len(piece)
-                characters.update(piece)
                 digest.update(piece.encode("utf-8"))
+                if distinct:
+                    characters.update(piece)
     except UnicodeDecodeError as error:
-        raise common.UserError(f"{path} is no UTF-8 text ({error}): convert it") from error
+        raise common.UserError(f"{path} is not a UTF-8 text ({error}): convert it") from error
     if length == 0:
         raise common.UserError(f"{path} is empty: there is nothing to learn from")
-    return Text(path, length, "".join(sorted(characters)), digest.hexdigest())
+    return length, digest.hexdigest(), "".join(sorted(characters))
 
 
-def tokenize(text, tokenizer, folder, block_size):
-    """The tokens of the first 90% of a text, to train on, and of the rest, to validate. They are
-    kept in two files in `folder`, made once for each text and tokenizer. -> two memory maps
+def tokenize(path, length, digest, tokenizer, folder, block_size, check):
+    """The tokens of the first 90% of a text's characters, to train on, and of the rest, to
+    validate. They are kept in `folder` for the next run. -> two memory maps
 
-    Raises UserError where there are not enough for one block, and ValueError for a character that
-    the tokenizer does not know.
+    check: whether to compare the checksum, once on each machine. Raises UserError where there are
+    too few tokens, or their file is damaged.
     """
-    if isinstance(tokenizer, CharTokenizer):
-        encode, definition = tokenizer.encode, tokenizer.characters.encode("utf-8")
-    else:
-        encode = functools.partial(tokenizer.encode, special=tokenizer.end_of_text is not None)
-        definition = b"".join(file.read_bytes() for file in tokenizer.files)
-    key = hashlib.sha256(text.digest.encode("ascii") + definition).hexdigest()[:16]
-    files = [folder / f"tokens-{key}-{part}.bin" for part in ("train", "val")]
-    train_length = int(0.9 * text.length)
+    key = hashlib.sha256((digest + tokenizer.fingerprint).encode()).hexdigest()[:16]
+    tokens, index = folder / f"tokens-{key}.bin", folder / f"tokens-{key}.json"
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
 
-    def check(sources):
-        train, val = (source.stat().st_size // dtype().itemsize for source in sources)
+    def check_length(train, val):
         if train <= block_size or val < 2:
-            raise common.UserError(f"{text.path} is too short: it has {train:,} tokens to train on "
-                                   f"and {val:,} to validate, and needs more than {block_size:,} "
+            raise common.UserError(f"{path} is too short: it has {train:,} tokens to train on and "
+                                   f"{val:,} to validate, and needs more than {block_size:,} "
                                    "(--block-size) and 1")
 
-    if not all(file.exists() for file in files):
-        near = next(path for path in files[0].absolute().parents if path.is_dir())
-        with tempfile.TemporaryDirectory(prefix="tokens-", dir=near) as temporary, \
-                open(text.path, encoding="utf-8", newline="") as source:
-            made = [Path(temporary, file.name) for file in files]
-            for part, length in zip(made, (train_length, text.length - train_length), strict=True):
-                with open(part, "wb") as target:
-                    for piece in pieces(source, length, "tokenizing"):
-                        target.write(np.array(encode(piece), dtype))
-            check(made)
-            folder.mkdir(parents=True, exist_ok=True)
-            for part, file in zip(made, files, strict=True):
-                os.replace(part, file)
-    check(files)
-    return [np.memmap(file, dtype, "r") for file in files]
+    counts = []
+
+    def write(target):
+        with open(path, encoding="utf-8", newline="") as source:
+            for part in (int(0.9 * length), length - int(0.9 * length)):
+                start = target.tell()
+                for ids in tokenizer.encode_pieces(read_pieces(source, part, "tokenizing")):
+                    target.write(np.array(ids, dtype))
+                counts.append((target.tell() - start) // dtype().itemsize)
+        check_length(*counts)  # before the file is there
+
+    if not (tokens.exists() and index.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        common.save(tokens, write)
+        checksum = zlib.crc32(np.memmap(tokens, np.uint8, "r"))
+        common.write_json(index, {"train": counts[0], "val": counts[1], "crc32": checksum})
+    sizes = json.loads(index.read_text(encoding="utf-8"))
+    check_length(sizes["train"], sizes["val"])
+    if tokens.stat().st_size != (sizes["train"] + sizes["val"]) * dtype().itemsize or (
+            check and sizes["crc32"] != zlib.crc32(np.memmap(tokens, np.uint8, "r"))):
+        raise common.UserError(f"{tokens} is damaged: delete it, and it is made again")
+    ids = np.memmap(tokens, dtype, "r")
+    return ids[:sizes["train"]], ids[sizes["train"]:]
 
 
-def random_windows(tokens, number, block_size, seed, step):
-    """What a step learns from, however many processes share it: windows that begin anywhere in
-    `tokens`. -> [number, block_size + 1]"""
-    generator = torch.Generator().manual_seed(seed_for(seed, step))
-    starts = torch.randint(len(tokens) - block_size, (number, 1), generator=generator)
-    windows = tokens[starts.numpy() + np.arange(block_size + 1)]
-    return torch.from_numpy(windows.astype(np.int64))
+def windows(tokens, starts, length):
+    """The `length` tokens from each of `starts` on. -> int64 [len(starts), length]"""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
+# -- Optimizer and evaluation -----------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -956,8 +453,9 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["mean"] = torch.zeros_like(gradients)
             state["mean"].lerp_(gradients, 1 - momentum)
+            # Nesterov's momentum: a step further, towards the gradient
             updates = orthogonalize(gradients.lerp(state["mean"], momentum))
-            scale = 0.2 * math.sqrt(max(weights[0].shape))
+            scale = 0.2 * math.sqrt(max(weights[0].shape))  # as large as Adam's updates
             for weight, update in zip(weights, updates, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
 
@@ -992,72 +490,244 @@ def flops_per_token(model):
     return 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
 
 
-def matrix_rate(device, dtype):
-    """How many floating-point operations per second a product of large matrices comes to here, of
-    which training's share is its model-FLOPs utilisation (MFU)."""
-    n = 1024 if device.type == "cpu" else 8192
-    x = torch.randn(n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (x @ x)[0, 0].item()  # to read a value is to wait for it
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
+def process():
+    """-> the rank of this process and how many there are: (0, 1) without torchrun"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """Replace `tensor` by its sum over all processes, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier():
+    """Wait until every process has come here."""
+    add_up(torch.zeros(1))
+
+
+def check_finite(loss, step, rank):
+    """Raises UserError for a loss, the same on all processes, that is inf or nan. Only the first
+    of them says so."""
+    if not math.isfinite(loss):
+        if rank > 0:
+            sys.exit(2)
+        raise common.UserError(f"the loss is not finite at step {step}: start again with a lower "
+                               "--lr (the run's folder holds the last good model)")
 
 
 @torch.no_grad()
-def evaluate(model, tokens, tokenizer, batch_size, dtype):
-    """One pass over `tokens`, in windows of block_size, each token weighing the same.
+def evaluate(model, tokens, num_bytes, batch_size, dtype):
+    """The mean cross-entropy over all whole windows of block_size in `tokens`, one after another.
 
-    -> the cross-entropy in nats per token, and in bits per byte of text, by which models with
-    different tokenizers can be compared
+    num_bytes: the length of each token of the vocabulary in UTF-8. -> nats per token, and bits per
+    byte of text, by which models with different tokenizers can be compared
     """
-    device, T, n = model.wte.weight.device, model.config.block_size, len(tokens) - 1
-    num_bytes = np.array([tokenizer.num_bytes(id) for id in range(len(tokenizer))])
-    whole = n - n % T  # all but the last, shorter window
-    bounds = sorted({*range(0, whole, batch_size * T), whole, n})
-    rank, size = process()
-    nats, length, training = 0.0, 0, model.training
+    device, training, (rank, size) = model.wte.weight.device, model.training, process()
+    T = min(model.config.block_size, len(tokens) - 1)
+    starts = np.arange(0, len(tokens) - T, T)
+    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     model.eval()
-    for start, stop in [*itertools.pairwise(bounds)][rank::size]:
-        part = tokens[start:stop + 1]
-        length += num_bytes[part[1:]].sum()
-        part = torch.from_numpy(part.astype(np.int64)).to(device)
-        x, y = (t.view(-1, min(T, stop - start)) for t in (part[:-1], part[1:]))  # [B, T]
+    for first in range(batch_size * rank, len(starts), batch_size * size):
+        batch = windows(tokens, starts[first:first + batch_size], T + 1)  # [B, T + 1]
+        x, y = batch[:, :-1].to(device), batch[:, 1:].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            nats += model(x, y)[1].item() * y.numel()
+            loss = model(x, y)[1].item()
+        totals += torch.tensor([loss * y.numel(), y.numel(), num_bytes[batch[:, 1:]].sum()])
     model.train(training)
-    nats, length = add_up(torch.tensor([nats, length], dtype=torch.float64)).tolist()
-    return nats / n, nats / length / math.log(2)
+    nats, count, length = add_up(totals).tolist()
+    return nats / count, nats / length / math.log(2)
 
 
+@torch.no_grad()
 def draw_sample(model, tokenizer, run, step):
-    """200 tokens of the model's own, from the same random numbers every time."""
+    """200 tokens of the model's own, from the same random numbers each time."""
     device = model.wte.weight.device
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
     idx = torch.tensor([[tokenizer.start]], device=device)
     tokens = model.generate(idx, 200, top_k=40, generator=generator)
     text = tokenizer.decode(tokens[0, 1:].tolist())
-    write_text(run / f"sample_step_{step:06d}.txt", text)
+    common.save(run / f"sample_step_{step:06d}.txt", lambda file: file.write(text.encode("utf-8")))
     print(textwrap.indent(text, "    "), flush=True)
 
 
-def draw_curves(rows, run, heading):
-    common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token", rows,
-                       {"train": "train_loss", "val": "val_loss"}, {}, x="step")
+# -- The train command ------------------------------------------------------------------------
+
+# What `train` does where no flag says otherwise: on a CPU (or MPS), as much as two cores learn in
+# three minutes; on CUDA, nanoGPT's well-known recipe; from --init, small steps.
+RECIPES = {
+    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
+            "dropout": 0.0, "max_steps": 2000, "eval_every": 400},
+    "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
+             "dropout": 0.2, "max_steps": 5000, "eval_every": 250},
+    "init": {"batch_size": 4, "dropout": 0.0, "max_steps": 100, "eval_every": 25},
+}
+OPTIMIZERS = {"cpu": "muon", "cuda": "adamw", "init": "adamw"}
+RATES = {"adamw": 0.4, "muon": 0.9}  # divided by n_embd: the highest learning rate
 
 
-def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=None):
-    """Fit `model` to the tokens `train`. `kept` is what every checkpoint holds beside the model;
-    `state`, the content of a last.pt, is where to go on from.
+def train_arguments(argv):
+    """-> the arguments of `train`, and with --resume the content of the run's last.pt"""
+    parser = argparse.ArgumentParser(
+        prog="gpt.py", usage="gpt.py train [options]", allow_abbrev=False,
+        description="Learn a text. What is not given depends on the device, or --init.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, number = parser.add_argument, common.number
 
-    Under torchrun each process calls this with the same arguments, and that of rank 0 writes.
+    def recipe(name):  # the defaults, for --help
+        return ", ".join(f"{values[name]} for {key}" for key, values in RECIPES.items()
+                         if name in values)
+
+    add("--text", metavar="FILE", help="any UTF-8 text; its last 10%% validate (tiny Shakespeare)")
+    add("--tokenizer", choices=["char", "gpt2"], help="a token a character, or GPT-2's (char, or "
+        "what --init comes with)")
+    add("--init", default="scratch", metavar="scratch|NAME|DIR", help="a model to train further, "
+        "as in generate --model, or none")
+    add("--size", choices=SIZES, help="n-layer, n-head and n-embd by name")
+    for name, text in (("n-layer", "layers"), ("n-head", "attention heads per layer"),
+                       ("n-embd", "the embedding's size"), ("block-size", "tokens seen at once"),
+                       ("batch-size", "sequences per step, over all processes"),
+                       ("max-steps", "steps in all"),
+                       ("eval-every", "steps between evaluations, which save the run")):
+        add(f"--{name}", type=number(int, 1), help=f"{text} ({recipe(name.replace('-', '_'))})")
+    add("--dropout", type=number(float, 0, 1), help=f"dropout ({recipe('dropout')})")
+    add("--eval-tokens", type=number(int, 2), metavar="N", help="validate on the first N tokens "
+        "only, instead of all")
+    add("--grad-accum", type=number(int, 1), default=1, help="parts in which each process computes "
+        "a step, to save memory")
+    add("--optimizer", choices=["muon", "adamw"], help="muon: for the layers' matrices, adamw for "
+        "the rest (" + ", ".join(f"{name} for {key}" for key, name in OPTIMIZERS.items()) + ")")
+    add("--lr", type=number(float, 0), help=f"highest learning rate ({RATES['muon']} / n_embd with "
+        f"muon, {RATES['adamw']} / n_embd with adamw, 5e-05 for init)")
+    add("--min-lr", type=number(float, 0), default=0.0, help="learning rate at the end")
+    add("--warmup", type=number(int, 0), metavar="STEPS", help="in which the rate rises (a "
+        "twentieth of max-steps)")
+    add("--weight-decay", type=number(float, 0), default=0.1, help="of matrices and embeddings")
+    add("--grad-clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
+    common.add_run_arguments(parser)
+    args, state = common.parse_args(parser, argv, may_change={
+        "text", "max_steps", "eval_every", "eval_tokens", "lr", "min_lr", "warmup", "grad_accum"})
+    own = [f"--{name.replace('_', '-')}" for name in ("size", "n_layer", "n_head", "n_embd")
+           if getattr(args, name) is not None]
+    if state is None and args.init != "scratch" and own:
+        raise common.UserError(f"--init keeps the size of its model: leave out {' '.join(own)}")
+    return args, state
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Models, tokenizers and texts that are missing or damaged are the user's to mend."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise common.UserError(" ".join(str(error).split())) from error
+
+
+def find_tokenizer(args, characters):
+    """The tokenizer that comes with --init, or else the one that --tokenizer names.
+
+    Raises UserError where the two differ, FileNotFoundError where there is none.
     """
-    device, block_size = model.wte.weight.device, model.config.block_size
-    rank, size = process()
-    net = model  # or a wrapper of it, whose backward pass averages the gradients of all processes
+    if args.init != "scratch":
+        try:
+            tokenizer = load_tokenizer(args.init)
+            own = "gpt2" if isinstance(tokenizer, BPETokenizer) else "char"
+            if args.tokenizer not in (None, own):
+                raise common.UserError(f"--tokenizer {args.tokenizer} does not fit --init "
+                                       f"{args.init}, which has one of its own, {own}")
+            return tokenizer
+        except FileNotFoundError:
+            if args.tokenizer is None:
+                raise
+    if args.tokenizer != "gpt2":
+        return CharTokenizer(characters)
+    folder = Path(args.data_dir, "gpt2")
+    return load_tokenizer(folder if folder.is_dir() else "gpt2")
+
+
+def train(argv):
+    """The `train` command; under torchrun each process runs it."""
+    # -- Arguments and device -----------------------------------------------------------------
+    args, state = train_arguments(argv)
+    device, dtype = common.pick_device(args.device, amp=not args.no_amp)
+    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    if state is None:
+        args.defaults = ("init" if args.init != "scratch" else
+                         "cuda" if device.type == "cuda" else "cpu")
+        by_size = zip(("n_layer", "n_head", "n_embd"), SIZES.get(args.size, ()), strict=False)
+        for name, value in (RECIPES[args.defaults] | dict(by_size)).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.optimizer = args.optimizer or OPTIMIZERS[args.defaults]
+        args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
+
+    # -- Processes ----------------------------------------------------------------------------
+    size, local_rank = (int(os.environ.get(name, default))
+                        for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if args.batch_size % (args.grad_accum * size):
+        raise common.UserError(f"--batch-size {args.batch_size} is not a multiple of --grad-accum "
+                               f"{args.grad_accum} times {size}, the number of processes")
     if size > 1:
-        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if device.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise common.UserError(f"there are {torch.cuda.device_count()} GPUs here: choose "
+                                       "--nproc-per-node accordingly")
+            torch.cuda.set_device(local_rank)
+        # Gradients go through NCCL on GPUs; flags and barriers are CPU tensors, and need gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rank, _ = process()
+
+    # -- Text, tokenizer and model ------------------------------------------------------------
+    if local_rank > 0:
+        barrier()  # until the first process of this machine comes to the barrier below: by then it
+        # has downloaded and tokenized
+    torch.manual_seed(args.seed)
+    with user_errors():
+        path = Path(args.text or find_text(args.data_dir, fallback=state is None))
+        by_default = args.tokenizer is None and args.init == "scratch"
+        distinct = state is None and (args.tokenizer == "char" or by_default)
+        length, digest, characters = scan_text(path, args.limit, distinct)
+        if state and state["text"] != digest:
+            raise common.UserError(f"{path} is not the text that {args.resume} began with: give "
+                                   "that one as --text")
+        args.text = str(path)  # so that a resumed run takes the same, whatever is downloaded then
+        tokenizer = load_tokenizer(args.resume) if state else find_tokenizer(args, characters)
+        if state:
+            model = GPT(GPTConfig(**state["config"]))
+            model.load_state_dict(state["model"])
+        elif args.init == "scratch":
+            V = len(tokenizer)
+            padded = V if isinstance(tokenizer, CharTokenizer) else 64 * math.ceil(V / 64)
+            model = GPT(GPTConfig(V, args.block_size, args.n_layer, args.n_head, args.n_embd,
+                                  args.dropout, eos_token_id=tokenizer.end_of_text,
+                                  padded_vocab_size=padded))
+        else:
+            model = GPT.from_pretrained(args.init, args.dropout).train()
+            args.block_size = args.block_size or min(model.config.block_size, 256)
+            model.crop(args.block_size)
+        config = model.config
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and {args.init} "
+                             f"{config.vocab_size:,}: they do not belong together")
+        beside = Path(args.resume or args.out_dir or f"runs/gpt-{path.stem}").absolute().parent
+        T = config.block_size
+        train_tokens, val_tokens = tokenize(path, length, digest, tokenizer, beside, T,
+                                            check=local_rank == 0)
+    if local_rank == 0:
+        barrier()
+    number = int(digest[:12], 16)
+    if add_up(torch.tensor(number)) != size * number:
+        raise common.UserError(f"{path} is not the same text on every machine")
+    num_bytes = np.array([tokenizer.num_bytes(id) for id in range(len(tokenizer))])
+    val_tokens = val_tokens[:args.eval_tokens and args.eval_tokens + 1]
+
+    # -- Optimizers ---------------------------------------------------------------------------
+    model.to(device)
+    if args.lr is None:
+        args.lr = 5e-5 if args.defaults == "init" else RATES[args.optimizer] / config.n_embd
     matrices = [p for p in model.parameters() if p.dim() == 2]  # the first two: wte and wpe
     vectors = [p for p in model.parameters() if p.dim() == 1]  # of biases and LayerNorms
     first = 2 if args.optimizer == "muon" else len(matrices)
@@ -1067,173 +737,731 @@ def fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state=Non
     if args.optimizer == "muon":
         optimizers["muon"] = Muon(matrices[first:], args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, seconds, best, rows = 0, 0.0, math.inf, []
-    sums = torch.zeros(2, device=device)  # of loss and gradient norm, over the steps since a row
+    net = model  # or a view of it: compiled, or averaging the gradients of all processes
+    if args.compile and common.can_compile(device):
+        net = torch.compile(net, dynamic=False)
+    if size > 1:
+        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    # -- A new run, or an old one to go on with -----------------------------------------------
+    rows = []  # one an evaluation
     if state:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizer"][name])
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
-        step, seconds, best, rows = (state[k] for k in ("step", "seconds", "best", "rows"))
-        sums = state["sums"].to(device)
-    tokens_per_step = args.batch_size * block_size
-    part_size = args.batch_size // (args.grad_accum * size)
-    peak = matrix_rate(device, dtype) * size
+        rows = state["rows"]
+    heading = (f"GPT on {path.name}, "
+               f"{'characters' if isinstance(tokenizer, CharTokenizer) else 'GPT-2 tokens'}")
+    done = rows[-1]["step"] if rows else 0
+    if rank == 0:
+        run = common.open_run(args, state, f"gpt-{path.stem}", done, "max_steps")
+        with user_errors():
+            tokenizer.save(run)
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{heading}: {count:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
+              f"{config.n_embd} wide; defaults: {args.defaults}) on "
+              f"{f'{size} x ' if size > 1 else ''}{device} in "
+              f"{str(dtype).removeprefix('torch.')}; {len(train_tokens):,} train, "
+              f"{len(val_tokens):,} val tokens, {len(tokenizer):,} different; {args.max_steps:,} "
+              f"steps of {args.batch_size} x {T} tokens, {done:,} of them done, saved every "
+              f"{args.eval_every:,}; -> {run}", flush=True)
+    del state  # a second copy of the weights and moments
 
-    def save_last():
-        common.save_checkpoint(run / "last.pt", kept | {
+    # -- Training -----------------------------------------------------------------------------
+    tokens_per_step = args.batch_size * T
+    part_size = args.batch_size // (args.grad_accum * size)
+    evaluations = [step for step in (*range(0, args.max_steps, args.eval_every), args.max_steps)
+                   if not rows or step > done]
+    for end in evaluations:  # the first, before any step, is at 0
+        began, steps = time.perf_counter(), end - done
+        torch.manual_seed(hash((args.seed, done, rank)))  # for dropout, the same in a resumed run
+        sums = torch.zeros(3, device=device)  # losses, gradient norms, and how many were finite
+        bar = tqdm(range(done, end), f"step {end}/{args.max_steps}", unit=" tok",
+                   unit_scale=tokens_per_step, leave=False, disable=rank > 0 or None)
+        for step in bar:
+            lr = learning_rate(step, args)
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            # The step's windows begin anywhere in the text. They depend on seed and step alone;
+            # each process takes its share of them.
+            generator = torch.Generator().manual_seed(hash((args.seed, step)))
+            starts = torch.randint(len(train_tokens) - T, (args.batch_size,), generator=generator)
+            batch = windows(train_tokens, starts.chunk(size)[rank].numpy(), T + 1)
+            if device.type == "cuda":
+                batch = batch.pin_memory()  # or the copy would wait for the device
+            batch = batch.to(device, non_blocking=True)  # [B / size, T + 1]
+            loss = torch.zeros((), device=device)
+            for i, part in enumerate(batch.split(part_size), 1):
+                # DDP averages over the processes in backward(): only with the last part.
+                average = size == 1 or i == args.grad_accum
+                with contextlib.nullcontext() if average else net.no_sync():
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
+                    scaler.scale(part_loss).backward()
+                loss += part_loss.detach()
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+            for optimizer in optimizers.values():
+                # Where float16 overflowed, no optimizer makes its step.
+                if not scaler.is_enabled() or norm.isfinite():
+                    scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+
+            sums += torch.stack([loss, norm.nan_to_num(0, posinf=0), norm.isfinite().float()])
+            if step % 50 == 49:  # not each time: to read the loss is to wait for the device
+                bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
+                check_finite(add_up(sums[0].clone()).item(), step + 1, rank)
+        sum_of_losses, norms, finite = (add_up(sums) / size).tolist()  # waits for the device
+        elapsed = time.perf_counter() - began
+        tokens_per_s = tokens_per_step * steps / elapsed
+        val_loss, bits = evaluate(model, val_tokens, num_bytes, part_size, dtype)
+        check_finite(sum_of_losses + val_loss, end, rank)
+        done = end
+        rows.append({
+            "epoch": round(done * tokens_per_step / len(train_tokens), 3), "step": done,
+            "seconds": round(time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0), 2),
+            "tokens_per_s": round(tokens_per_s),
+            "train_loss": sum_of_losses / steps if steps else None, "val_loss": val_loss,
+            "val_bits_per_byte": bits, "lr": learning_rate(max(done - 1, 0), args),
+            "grad_norm": norms / finite if finite else None})
+        if rank > 0:
+            continue
+        if val_loss == min(row["val_loss"] for row in rows):  # the best so far
+            save_model(model, run)
+        common.save_checkpoint(run / "last.pt", {
             "model": model.state_dict(), "scaler": scaler.state_dict(), "optimizer": {
                 name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            "step": step, "seconds": seconds, "best": best, "rows": rows, "sums": sums})
+            "rows": rows, "args": vars(args), "config": dataclasses.asdict(config), "text": digest})
+        common.write_json(run / "metrics.jsonl", *rows)
+        progress = (f"train {rows[-1]['train_loss']:.4f} | val {val_loss:.4f} | {bits:.3f} "
+                    f"bits/byte | lr {rows[-1]['lr']:.1e} norm {rows[-1]['grad_norm'] or 0:.2f} | "
+                    f"{1000 * elapsed / steps:.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
+                    f"{flops_per_token(model) * tokens_per_s / 1e12:.2f} TFLOP/s" if steps else
+                    f"before       | val {val_loss:.4f} | {bits:.3f} bits/byte")
+        print(f"step {done:5d}/{args.max_steps} | {progress} | {rows[-1]['seconds']:.1f} s",
+              flush=True)
+        draw_sample(model, tokenizer, run, done)
+        if steps:
+            common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token",
+                               rows, {"train": "train_loss", "val": "val_loss"}, {}, x="step")
 
-    def save_best(bits):
-        common.save_checkpoint(run / "best.pt", kept | {
-            "model": model.state_dict(), "step": step, "val": best, "val_bits_per_byte": bits})
-
-    def check_finite(loss):
-        if not math.isfinite(loss):
-            raise common.UserError(
-                f"the loss is not finite at step {step}: start again with a lower --lr "
-                f"({run / 'last.pt'} keeps the last good model)")
-
-    if step == 0:
-        best, bits = evaluate(model, val, tokenizer, part_size, dtype)
+    # -- The best model -----------------------------------------------------------------------
     if rank == 0:
-        write_metrics(run, rows)
-        if step == 0:
-            save_best(bits)
-            save_last()
-            print(f"step {step:5d}/{args.max_steps} | before       | val {best:.4f} | "
-                  f"{bits:.3f} bits/byte", flush=True)
-            draw_sample(model, tokenizer, run, step)
-
-    with StopRequest() as stop:
-        while not rows or rows[-1]["step"] < args.max_steps:
-            began, resumed_at = time.perf_counter(), step
-            until = min((len(rows) + 1) * args.eval_every, args.max_steps)
-            bar = tqdm(range(step, until), f"step {until}/{args.max_steps}", unit=" tok",
-                       unit_scale=tokens_per_step, leave=False, disable=rank > 0 or None)
-            for _ in bar:
-                lr = learning_rate(step, args)
-                for optimizer in optimizers.values():
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                # For dropout; with the last number 0 it would be the seed of the windows below.
-                seed_step(device, args.seed, step, 1 + rank)
-
-                windows = random_windows(train, args.batch_size, block_size, args.seed, step)
-                mine = windows.chunk(size)[rank].to(device)  # [B / size, T + 1]
-                loss = torch.zeros((), device=device)
-                for i, part in enumerate(mine.split(part_size), 1):
-                    # DDP averages over the processes in backward(): only with the last part.
-                    average = size == 1 or i == args.grad_accum
-                    with contextlib.nullcontext() if average else net.no_sync():
-                        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                            part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
-                        scaler.scale(part_loss).backward()
-                    loss += part_loss.detach()
-                for optimizer in optimizers.values():
-                    scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-                for optimizer in optimizers.values():
-                    if not scaler.is_enabled() or norm.isfinite():  # float16 may have overflowed
-                        scaler.step(optimizer)
-                    optimizer.zero_grad()
-                scaler.update()
-
-                loss = add_up(loss) / size
-                sums += torch.stack([loss, norm.nan_to_num(posinf=0)])  # read once, below
-                step += 1
-                if step % 10 == 0:  # not each time: to read the loss is to wait for the device
-                    bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
-                    check_finite(loss.item())
-                if add_up(torch.tensor(float(stop.asked))):  # so all stop at the same step
-                    bar.close()
-                    seconds += time.perf_counter() - began
-                    if rank == 0:
-                        save_last()
-                        launcher = "python" if size == 1 else "torchrun ... (as before)"
-                        print(f"stopped after step {step}; go on with: "
-                              f"{launcher} gpt.py train --resume {run}", flush=True)
-                    add_up(torch.zeros(1))  # torchrun ends all once one has: the save comes first
-                    sys.exit(130)
-            since = rows[-1]["step"] if rows else 0
-            train_loss, grad_norm = (sums / (step - since)).tolist()  # waits for the device
-            sums.zero_()
-            elapsed, done = time.perf_counter() - began, step - resumed_at
-            tokens_per_s = tokens_per_step * done / elapsed
-            val_loss, bits = evaluate(model, val, tokenizer, part_size, dtype)
-            check_finite(train_loss + val_loss)
-            seconds += time.perf_counter() - began
-            rows.append({
-                "epoch": round(step * tokens_per_step / len(train), 3), "step": step,
-                "seconds": round(seconds, 2), "tokens_per_s": round(tokens_per_s),
-                "train_loss": train_loss, "val_loss": val_loss, "val_bits_per_byte": bits,
-                "lr": learning_rate(step - 1, args), "grad_norm": grad_norm})
-            improved, best = val_loss < best, min(best, val_loss)
-            if rank == 0:
-                if improved:
-                    save_best(bits)
-                save_last()
-                write_metrics(run, rows)
-                print(f"step {step:5d}/{args.max_steps} | train {train_loss:.4f} | "
-                      f"val {val_loss:.4f} | {bits:.3f} bits/byte | "
-                      f"lr {rows[-1]['lr']:.1e} norm {grad_norm:.2f} | "
-                      f"{1000 * elapsed / max(done, 1):.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
-                      f"{flops_per_token(model) * tokens_per_s / peak:.0%} MFU | {seconds:.1f} s",
-                      flush=True)
-                draw_sample(model, tokenizer, run, step)
-                draw_curves(rows, run, heading)
-    return rows
+        best = min(rows, key=lambda row: row["val_loss"])
+        print(f"best: step {best['step']}, val {best['val_loss']:.4f}; to read more of it: "
+              f"python gpt.py generate --model {shlex.quote(str(run))}")
+        common.close_run(args, run, rows, {
+            "val_loss": best["val_loss"], "val_bits_per_byte": best["val_bits_per_byte"],
+            "step": best["step"], "device": str(device)}, done, "max_steps")
+        print(f"{heading} -> {run}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+# -- Tokenizers -------------------------------------------------------------------------------
+
+END_OF_TEXT = "<|endoftext|>"
+# Unicode's \s. That of Python's re has four control characters more.
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# The settings of a tokenizer.json that change the ids, with GPT-2's values.
+GPT2_SETTINGS = {
+    "normalizer": {"type": None},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
+              "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": False},
+    "added token": {"single_word": False, "lstrip": False, "rstrip": False},
+}
 
 
-def pick_device(args):
-    """common.pick_device, and the modes that all of gpt.py computes in"""
-    device, dtype = common.pick_device(args.device, not args.no_amp)
-    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions have it already
-    return device, dtype
+@functools.cache
+def word_pattern():
+    r"""How GPT-2 splits a text into words, numbers, other characters and white space:
+
+    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+    with Unicode's letters, \p{L}, and numbers, \p{N}, written out, as Python's re has neither.
+    """
+    classes = collections.defaultdict(str)
+    characters = map(chr, range(sys.maxunicode + 1))
+    for kind, run in itertools.groupby(characters, lambda c: unicodedata.category(c)[0]):
+        run = list(run)
+        classes[kind] += f"{re.escape(run[0])}-{re.escape(run[-1])}"
+    letter, number, space = classes["L"], classes["N"], WHITE_SPACE
+    return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?[{letter}]+| ?[{number}]+"
+                      f"| ?[^{space}{letter}{number}]+|[{space}]+(?![^{space}])|[{space}]+")
 
 
-def write_samples(args):
-    """The `generate` command: texts to standard output, all else to standard error."""
-    device, dtype = pick_device(args)
+def read_json(path):
+    """A file of JSON -> dict. A byte-order mark is skipped."""
     try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("a git-lfs pointer: get the file itself with `git lfs pull`")
+        return {**json.loads(text)}
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_vocabulary(vocab_file, merges_file):
+    """-> vocab {token: id}, merges [(left, right), ...], added tokens {text: id}"""
+    saved = read_json(vocab_file)
+    if merges_file is not None:
+        lines = Path(merges_file).read_text(encoding="utf-8-sig").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        added_file = Path(vocab_file).with_name("added_tokens.json")
+        return saved, merges, read_json(added_file) if added_file.exists() else {}
+    model, added = saved["model"], saved.get("added_tokens", [])
+    parts = [(name, saved.get(name)) for name in ("normalizer", "pre_tokenizer", "model")]
+    for name, part in [*parts, *(("added token", token) for token in added)]:
+        for setting, value in GPT2_SETTINGS[name].items():
+            found = (part or {"type": None}).get(setting, value)
+            if (found or None) != (value or None):  # "", 0 and false are off, as null is
+                raise ValueError(f"the {setting} of its {name} is {found!r}, not {value!r}")
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return model["vocab"], merges, {token["content"]: token["id"] for token in added}
+
+
+class BPETokenizer:
+    """GPT-2's byte-level byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909).
+
+    A text is split into words, and a word into its UTF-8 bytes, a token each. Then, again and
+    again, two tokens side by side become one: the pair that stands earliest in a list of 50,000,
+    and where it occurs twice, the left one. Special tokens, as <|endoftext|>, are never split.
+
+    vocab_file, merges_file: the paths of vocab.json (added_tokens.json may lie beside it) and
+    merges.txt, or of a tokenizer.json alone. Raises ValueError where they are damaged, do not
+    belong together or split a text in another way, and OSError where they cannot be read.
+    """
+
+    def __init__(self, vocab_file, merges_file=None):
+        # The files write a byte as a character that can be seen: its own, or one past U+00FF.
+        visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        others = itertools.count(256)
+        alphabet = [chr(b if b in visible else next(others)) for b in range(256)]
+        byte_of = {character: byte for byte, character in enumerate(alphabet)}
+        try:
+            vocab, pairs, added = read_vocabulary(vocab_file, merges_file)
+            ids = {**vocab, **added}
+            if sorted(ids.values()) != [*range(len(ids))]:
+                raise ValueError("the ids are not 0, 1, 2, ...")
+            self.vocab = vocab
+            self.special = {t: id for t, id in ids.items() if t in added or t == END_OF_TEXT}
+            self.byte_ids = [vocab[character] for character in alphabet]
+            self.merges = [(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]
+            made = {*self.byte_ids, *(merged for _, _, merged in self.merges)}
+            self.bytes_of = {}
+            for text, id in ids.items():
+                if id not in made and text[0] + text[-1] != "<>" and text not in self.special:
+                    raise ValueError(f"no merge makes {text!r}")
+                self.bytes_of[id] = (text.encode("utf-8") if text in self.special else
+                                     bytes(byte_of[character] for character in text))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            files = " and ".join(str(file) for file in (vocab_file, merges_file) if file)
+            raise ValueError(f"{files}: damaged, not of one model, or not GPT-2's kind "
+                             f"({type(error).__name__}: {error})") from error
+        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.start = self.end_of_text or 0  # what a text without a prompt starts from
+        definition = json.dumps([vocab, self.merges, self.special], sort_keys=True)
+        self.fingerprint = hashlib.sha256(definition.encode("utf-8")).hexdigest()[:16]
+        self.known = {}  # the ids of words met before
+        texts = sorted(self.special, key=len, reverse=True)  # of two that match, the longer
+        self.special_pattern = re.compile(f"({'|'.join(map(re.escape, texts)) or '(?!)'})")
+        self.longest = max(3, *map(len, texts)) if texts else 3  # 3 as in 'll
+
+    def __len__(self):
+        return len(self.bytes_of)
+
+    def num_bytes(self, id):
+        return len(self.bytes_of[id])
+
+    def _merge(self, word):
+        """The ids of one word, in a time that grows little faster than its length."""
+        # A merge at i takes its right neighbour j = after[i] out of the chain:
+        #
+        #              h   i   j   k                    h   i   j   k
+        #      ids     l   o   w   s                    l   ow  -   s
+        #      after   i   j   k       -- o w -->       i   k
+        #      before      h   i   j                        h       i
+        #
+        # The queue holds (rank, i) of each pair that can merge, and of some that are gone.
+        ids = [self.byte_ids[byte] for byte in word.encode("utf-8")]
+        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+        pairs = enumerate(itertools.pairwise(ids))
+        queue = [(self.ranks[pair], i) for i, pair in pairs if pair in self.ranks]
+        heapq.heapify(queue)
+        while queue:
+            rank, i = heapq.heappop(queue)
+            left, right, merged = self.merges[rank]
+            j = after[i]
+            if ids[i] != left or j == len(ids) or ids[j] != right:
+                continue  # an earlier merge took one of the two
+            h, k = before[i], after[j]
+            ids[i], ids[j], after[i] = merged, None, k
+            if h >= 0 and (rank := self.ranks.get((ids[h], merged))) is not None:
+                heapq.heappush(queue, (rank, h))
+            if k < len(ids):
+                before[k] = i
+                if (rank := self.ranks.get((merged, ids[k]))) is not None:
+                    heapq.heappush(queue, (rank, i))
+        return [id for id in ids if id is not None]
+
+    def _encode_words(self, words):
+        ids = []
+        for word in words:
+            if (known := self.known.get(word)) is None:
+                known = self._merge(word)
+                if len(word) < 100 and len(self.known) < 2**16:  # a bound on the memory
+                    self.known[word] = known
+            ids += known
+        return ids
+
+    def encode(self, text, special=True):
+        """text -> list of ids. Without `special`, special tokens are text like any other. Half a
+        surrogate pair counts as U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids, split = [], word_pattern().findall
+        for i, part in enumerate(self.special_pattern.split(text) if special else [text]):
+            ids += [self.special[part]] if i % 2 else self._encode_words(split(part))
+        return ids
+
+    def encode_pieces(self, pieces):
+        """The pieces of a text, cut anywhere -> lists of ids, together those of the whole text.
+        The time is linear in the text; the memory follows its longest word."""
+        rest = more = ""
+        for piece in pieces:
+            more += piece
+            # What is left over is scanned again only with as much that is new: linear time.
+            if len(more) <= len(rest) or "\ud7ff" < more[-1] < "\udc00":  # half a pair
+                continue
+            text = (rest + more).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            sure = len(text) - self.longest  # a special token that starts later may grow
+            ends = [m.end() for m in self.special_pattern.finditer(text) if m.start() <= sure]
+            start = ends[-1] if ends else 0
+            words, length = word_pattern().findall(text[start:]), 0
+            while words and length <= self.longest:  # and so may the last words
+                length += len(words.pop())
+            yield self.encode(text[:start]) + self._encode_words(words)
+            rest, more = text[len(text) - length:], ""
+        yield self.encode(rest + more)
+
+    def stream(self, ids):
+        """Yield the text of each of `ids` as it comes; what is only part of a character waits for
+        the rest of it. What is no UTF-8, or no id, becomes U+FFFD."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for id in ids:
+            yield decoder.decode(self.bytes_of.get(int(id), b"\xff"))
+        yield decoder.decode(b"", final=True)
+
+    def decode(self, ids):
+        """list of ids -> text"""
+        return "".join(self.stream(ids))
+
+    def save(self, folder):
+        """Write vocab.json, merges.txt and, where there are added tokens, added_tokens.json."""
+        token_of = {id: token for token, id in self.vocab.items()}
+        lines = [f"{token_of[left]} {token_of[right]}\n" for left, right, _ in self.merges]
+        added = {text: id for text, id in self.special.items()
+                 if text != END_OF_TEXT or text not in self.vocab}
+        Path(folder, "vocab.json").write_text(json.dumps(self.vocab), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("".join(["#version: 0.2\n", *lines]), "utf-8")
+        if added:
+            Path(folder, "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+
+
+class CharTokenizer:
+    """A token for each character of the string `characters`."""
+
+    special, end_of_text = {}, None
+
+    def __init__(self, characters):
+        self.characters = characters
+        self.ids = {character: id for id, character in enumerate(characters)}
+        self.start = self.ids.get("\n", 0)  # what a text without a prompt starts from
+        self.fingerprint = hashlib.sha256(json.dumps(characters).encode()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.characters)
+
+    def num_bytes(self, id):
+        return len(self.characters[id].encode("utf-8"))
+
+    def encode(self, text, special=True):
+        """text -> list of ids. Raises ValueError for characters that are not among them."""
+        if unknown := set(text) - self.ids.keys():
+            raise ValueError(f"the model never saw {''.join(sorted(unknown))!r}, and has no token "
+                             "for it")
+        return [self.ids[character] for character in text]
+
+    def encode_pieces(self, pieces):
+        """The pieces of a text -> a list of ids of each"""
+        return map(self.encode, pieces)
+
+    def stream(self, ids):
+        """Yield the character of each of `ids` as it comes; U+FFFD for what is no id."""
+        for id in ids:
+            yield self.characters[int(id)] if 0 <= id < len(self.characters) else "\ufffd"
+
+    def decode(self, ids):
+        """list of ids -> text"""
+        return "".join(self.stream(ids))
+
+    def save(self, folder):
+        """Write vocab.json, from character to id."""
+        Path(folder, "vocab.json").write_text(json.dumps(self.ids), encoding="utf-8")
+
+
+def load_tokenizer_files(folder):
+    """The tokenizer in a folder. Raises OSError where its files are missing or cannot be read, and
+    ValueError where they are damaged."""
+    vocab, merges, both = (Path(folder, name) for name in
+                           ("vocab.json", "merges.txt", "tokenizer.json"))
+    if vocab.exists() and merges.exists():
+        return BPETokenizer(vocab, merges)
+    if both.exists():
+        return BPETokenizer(both)
+    if not vocab.exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json "
+                                "(with merges.txt, unless its tokens are single characters)")
+    ids = read_json(vocab)
+    if max(map(len, ids), default=0) > 1:
+        raise FileNotFoundError(f"{merges} is not there: put it beside {vocab.name}")
+    tokenizer = CharTokenizer("".join(ids))
+    if not ids or tokenizer.ids != ids:
+        raise ValueError(f"{vocab} is damaged: its ids are not 0, 1, 2, ...")
+    return tokenizer
+
+
+# -- Weights on disk --------------------------------------------------------------------------
+
+HUB = "https://huggingface.co"
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # openai-community's there
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # an index names the shards
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Settings of a config.json that change what a model computes, and their values that gpt.py knows;
+# the first is what a setting that is left out stands for.
+IMPLEMENTED = {
+    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # the same
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "add_cross_attention": [False],
+    "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "U8": torch.uint8, "BOOL": torch.bool}  # as safetensors names them
+
+
+def find_model(name, weights=True):
+    """-> the folder with a model's config.json, tokenizer and, if wanted, weights
+
+    name: a folder; or one of PRETRAINED, or OWNER/NAME of another GPT-2 on the hub, which is
+    downloaded once.
+    """
+    name, folder, cache = str(name), Path(name), Path(torch.hub.get_dir(), "checkpoints")
+    if name in PRETRAINED:
+        return download(f"openai-community/{name}", cache / name, weights)
+    # Where there is a folder `runs`, runs/gpt-shakespaere is a typo, not a model on the hub.
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.A) and not folder.parent.is_dir():
+        return download(name, cache / name.replace("/", "--"), weights)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name} is not a folder, nor one of {', '.join(PRETRAINED)}, nor "
+                                "OWNER/NAME of a model on the hub")
+    if (folder / "best.pt").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is a run of gpt.py's first edition (best.pt without "
+                         "config.json), which this edition does not read: train it again")
+    return folder
+
+
+def download(repo, folder, weights):
+    """Fetch from the hub what `folder` does not hold yet. -> folder"""
+    def have(file):
+        """-> whether `file` is in the folder now: False where the hub does not have it"""
+        with contextlib.suppress(FileNotFoundError):
+            if not (folder / file).exists():
+                fetch(f"{HUB}/{repo}/resolve/main/{file}", folder / file)
+        return (folder / file).exists()
+
+    if not have("config.json"):
+        raise FileNotFoundError(f"{repo} is not on the hub, and there is no folder of this name")
+    read_config(folder)  # refuse another architecture before its gigabytes come
+    if not any((folder / file).exists() for file in ("merges.txt", "tokenizer.json")):
+        have("added_tokens.json")  # which few models have; it is not asked for a second time
+        if not (have("vocab.json") and have("merges.txt")):
+            have("tokenizer.json")
+    if weights:
+        if not weight_files(folder):
+            any(have(file) for file in WEIGHTS)  # asks up to the first that is there
+        for path in weight_files(folder):
+            have(path.name)
+    return folder
+
+
+def fetch(url, path):
+    """Download a file, whole or not at all. Raises FileNotFoundError where the server does not
+    have it, and ConnectionError where that fails, or 15 seconds pass without an answer."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (urllib.request.urlopen(url, timeout=15) as answer,
+              tqdm.wrapattr(answer, "read", answer.length, disable=None, leave=False) as source,
+              tempfile.TemporaryDirectory(dir=path.parent) as temporary):  # of this process alone
+            print(f"downloading {url} to {path}", file=sys.stderr)
+            with open(Path(temporary, path.name), "wb") as file:
+                shutil.copyfileobj(source, file)
+            if answer.length:  # what has not come of its Content-Length
+                raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
+            os.replace(file.name, path)
+    except (OSError, HTTPException) as error:
+        if getattr(error, "code", None) in (401, 404):  # the hub's 401: not there, or private
+            raise FileNotFoundError(f"{url} is not there") from error
+        raise ConnectionError(
+            f"{path.name} is not in {path.parent} and could not be downloaded "
+            f"({getattr(error, 'reason', error)}): run once online, or put it there") from error
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged file raises in this block becomes one ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there: put it into this folder") from error
+    except OSError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        reason = re.split(r"\n|\. ", reason)[0]  # torch writes a page
+        with open(path, "rb") as file:
+            if file.read(99).startswith(b"version https://git-lfs"):
+                reason = "it is a git-lfs pointer: `git lfs pull` puts the file in its place"
+        raise ValueError(f"{path} is damaged or not a GPT-2's ({reason}): put a sound copy in its "
+                         "place, or choose another model") from error
+
+
+def read_config(folder):
+    """config.json -> GPTConfig. Raises ValueError for a model that gpt.py cannot compute."""
+    path = folder / "config.json"
+    with reading(path):
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        for setting, known in IMPLEMENTED.items():
+            if config.get(setting, known[0]) not in known:
+                raise ValueError(f"its {setting} is {config[setting]!r}, and gpt.py computes only "
+                                 f"{known[0]!r}")
+        end = config.get("eos_token_id")
+        return GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"],
+                         config["n_head"], config["n_embd"],
+                         eos_token_id=end[0] if isinstance(end, list) else end)
+
+
+def weight_files(folder):
+    """-> the paths of the weights: of one file, of all shards that an index names, or of none"""
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    with reading(path):
+        shards = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values()
+        return [folder / Path(shard).name for shard in sorted(set(shards))]
+
+
+def read_tensors(path):
+    """-> the tensors of one file, by name. They stay in the file until they are used."""
+    with reading(path):
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        if is_zip := zipfile.is_zipfile(path):  # from torch 1.6 on; older files cannot be mapped
+            with zipfile.ZipFile(path) as archive:  # has checksums, which torch.load ignores
+                if damaged := archive.testzip():
+                    raise ValueError(f"in {damaged}")
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                   for name, tensor in tensors.items()):
+            raise ValueError("it holds something other than tensors by name")
+        return tensors
+
+
+def read_safetensors(path):
+    """8 bytes with the length of the header, the header in JSON, and the tensors end to end."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data = memoryview(memory)[8 + int.from_bytes(memory[:8], "little"):]
+    header = json.loads(memory[8:len(memory) - len(data)])
+    checksum = header.pop("__metadata__", {}).get("crc32")  # save_model's
+    if checksum and int(checksum, 16) != zlib.crc32(data):
+        raise ValueError("its checksum is wrong")
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
+        tensors[name] = torch.frombuffer(data[start:stop], dtype=dtype).view(entry["shape"])
+        if start != end:
+            raise ValueError(f"{name} is out of place")
+        end = stop
+    if end != len(data):
+        raise ValueError(f"{len(data):,} bytes of tensors for {end:,}")
+    return tensors
+
+
+def load_model(name, dropout=0.0):
+    """A trained GPT in evaluation mode, float32, on the CPU. dropout: for training it further.
+
+    name: find_model's. Raises ConnectionError where a download fails, FileNotFoundError for files
+    that are not there, and ValueError for files that are damaged or hold another model.
+    """
+    folder = find_model(name)
+    config, weights, files = read_config(folder), {}, weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights: put {' or '.join(WEIGHTS[::2])} there")
+    for path in files:
+        for key, tensor in read_tensors(path).items():
+            # What transformers, torch.compile and DistributedDataParallel put before a name.
+            key = re.sub(r"^((transformer|_orig_mod|module)\.)+", "", key)
+            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", key):
+                continue  # the causal mask, and what it is filled with
+            if key in weights or not tensor.is_floating_point():
+                raise ValueError(f"{path}: {key} is there twice, or not of floating-point numbers")
+            # GPT-2's layers c_attn, c_proj and c_fc hold [in, out], nn.Linear [out, in].
+            transposed = ".c_" in key and key.endswith(".weight")
+            weights[key] = tensor.transpose(0, -1) if transposed else tensor
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
+        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight, and gpt.py computes "
+                         "with one for both")
+    config.dropout = dropout
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config)
+    ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    theirs = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    if wrong := sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key)):
+        shown = "; ".join(f"{key} is {theirs.get(key, 'missing')}, should be "
+                          f"{ours.get(key, 'absent')}" for key in wrong[:3])
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{folder} does not hold the model of its config.json: {shown}{more}")
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)  # copies from the file, and makes float32 of 16 bits
+    return model.eval()
+
+
+def load_tokenizer(name):
+    """The tokenizer of the model that load_model(name) loads."""
+    return load_tokenizer_files(find_model(name, weights=False))
+
+
+def save_model(model, folder):
+    """Write config.json and model.safetensors as for transformers' GPT2LMHeadModel, in float32.
+    The weights come last and replace the old ones in one step. Raises common.UserError."""
+    folder, config, weights = Path(folder), model.config, model.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write_json(folder / "config.json", {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer,
+        "n_head": config.n_head, "n_embd": config.n_embd, "vocab_size": config.vocab_size,
+        "n_positions": config.block_size, "n_ctx": config.block_size, "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new", "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "tie_word_embeddings": True,
+        "bos_token_id": config.eos_token_id, "eos_token_id": config.eos_token_id,
+        "torch_dtype": "float32"}, indent=2)
+    weights["wte.weight"] = weights["wte.weight"][:config.vocab_size]  # without the padding
+    header, end = {"__metadata__": {"format": "pt", "crc32": "........"}}, 0  # known at the end
+    for name, tensor in weights.items():
+        if ".c_" in name and name.endswith(".weight"):
+            weights[name] = tensor = tensor.T  # [in, out]
+        start, end = end, end + 4 * tensor.numel()
+        header[f"transformer.{name}"] = {"dtype": "F32", "shape": list(tensor.shape),
+                                         "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(file):
+        checksum = 0
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in weights.values():  # one at a time in the CPU's memory
+            data = tensor.float().cpu().contiguous().numpy()
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+        file.seek(8 + header.index(b"........"))
+        file.write(b"%08x" % checksum)
+
+    common.save(folder / "model.safetensors", write)
+
+
+# -- The generate command ---------------------------------------------------------------------
+
+
+def up_to(texts, stop):
+    """Yield `texts` up to the first `stop` in them, which may span several. Where a text ends like
+    the beginning of it, this end is held back until the next text tells."""
+    held = ""
+    for text in texts:
+        held += text
+        if (end := held.find(stop)) >= 0:
+            yield held[:end]
+            return
+        keep = next(n for n in range(len(stop) - 1, -1, -1) if held.endswith(stop[:n]))
+        yield held[:len(held) - keep]
+        held = held[len(held) - keep:]
+    yield held
+
+
+def generate(argv):
+    """The `generate` command: texts to standard output, all else to standard error."""
+    parser = argparse.ArgumentParser(
+        prog="gpt.py", usage="gpt.py generate [options]", allow_abbrev=False,
+        description="Continue a prompt.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, number = parser.add_argument, common.number
+    add("--model", default="gpt2", metavar="NAME|OWNER/NAME|DIR", help=f"{', '.join(PRETRAINED)}; "
+        "a GPT-2 on the Hugging Face hub; or a folder in its layout, such as a run's")
+    add("--prompt", default="", metavar="TEXT", help="how the text begins, best without a space at "
+        "its end; - reads it from standard input")
+    add("--num-samples", type=number(int, 1), default=1, help="texts, made as one batch")
+    add("--max-new-tokens", type=number(int, 0), default=200, help="tokens at most in each")
+    add("--stop", metavar="TEXT", help="end before this text")
+    add("--greedy", action="store_true", help="always the most probable token")
+    add("--temperature", type=number(float, 0), default=1.0, help="below 1 favours the more "
+        "probable tokens, above 1 the others; 0 is greedy")
+    add("--top-k", type=number(int, 0), default=40, help="draw from the k most probable tokens; 0: "
+        "from all")
+    add("--top-p", type=number(float, 0, 1), default=1.0, help="draw from the most probable tokens "
+        "that make up this share")
+    add("--seed", type=number(int, 0), default=42, help="another seed, another text")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="auto takes cuda, else mps, else cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="of the layers; embeddings and logits stay in float32")
+    args = parser.parse_args(argv)
+    if args.greedy and any(getattr(args, name) != parser.get_default(name)
+                           for name in ("temperature", "top_k", "top_p")):
+        parser.error("--greedy leaves nothing to --temperature, --top-k, --top-p: leave them out")
+    if args.stop == "":
+        parser.error("--stop needs a text of one character or more")
+
+    device, _ = common.pick_device(args.device, amp=False)
+    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
+    # On Hopper cards torch would take cuDNN's attention, which plans anew for each length: here for
+    # each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with user_errors():
         prompt = args.prompt
         if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise common.UserError(f"standard input is no UTF-8: {error}") from error
-    try:
-        model = GPT.from_pretrained(args.model).to(device, dtype)
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
+            prompt = prompt.removesuffix("\r")
+        model = GPT.from_pretrained(args.model).to(device)
+        model.h.to(getattr(torch, args.dtype))
         tokenizer = load_tokenizer(args.model)
         ids = tokenizer.encode(prompt)
-    except ValueError as error:
-        raise common.UserError(error) from error
-    V, block_size, end = model.config.vocab_size, model.config.block_size, tokenizer.end_of_text
+    V, end = model.config.vocab_size, model.config.eos_token_id
     if len(tokenizer) > V:
         raise common.UserError(f"{args.model}: the tokenizer knows {len(tokenizer):,} tokens and "
                                f"the model {V:,}: they do not belong together")
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
-          f"{str(dtype).removeprefix('torch.')}; tokens: {len(ids):,} of the prompt, up to "
-          f"{args.max_new_tokens:,} more", file=sys.stderr, flush=True)
+          f"{args.dtype}; tokens: {len(ids):,} of the prompt, up to {args.max_new_tokens:,} more",
+          file=sys.stderr, flush=True)
     idx = torch.tensor([ids or [tokenizer.start]], device=device).expand(args.num_samples, -1)
-    if idx.size(1) + args.max_new_tokens - 1 > block_size:
-        print(f"warning: the model sees only the last {block_size:,} tokens, and is slow once "
-              "there are more", file=sys.stderr)
-
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
     choose = functools.partial(
         next_token, do_sample=not args.greedy, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, generator=generator)
-    made, begin = 0, time.perf_counter()
+    began, made = time.perf_counter(), 0
 
-    def until_end(row):
+    def counted(row):  # the tokens of a row before its end
         nonlocal made
         for id in row:
             made += 1
@@ -1243,297 +1471,31 @@ def write_samples(args):
 
     tokens = model.stream(idx, args.max_new_tokens, choose, end)
     if args.num_samples == 1:
-        rows = [(token.item() for token in tokens)]
+        rows = [(token.item() for token in tokens)]  # each printed as it is made
     else:
         bar = tqdm(tokens, total=args.max_new_tokens, unit=" tokens", disable=None)
         rows = torch.cat([idx[:, :0], *bar], dim=1).tolist()
     for i, row in enumerate(rows):
         print("---\n" if i else "", end="")
         print(tokenizer.decode(ids), end="", flush=True)
-        for text in tokenizer.stream(until_end(row)):
+        texts = tokenizer.stream(counted(row))
+        for text in up_to(texts, args.stop) if args.stop else texts:
             print(text, end="", flush=True)
         print()
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - began
     print(f"{made:,} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-# What `train` does where it is not told otherwise: on a CPU, as much as two cores learn in three
-# minutes; on a GPU, the recipe that nanoGPT made known; from weights that have learned already,
-# small steps.
-RECIPES = {
-    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
-            "dropout": 0.0, "optimizer": "muon", "max_steps": 2000, "eval_every": 400},
-    "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
-             "dropout": 0.2, "optimizer": "adamw", "max_steps": 5000, "eval_every": 250},
-    "init": {"batch_size": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 5e-5,
-             "max_steps": 100, "eval_every": 25},
-}
-RATES = {"adamw": 0.4, "muon": 0.9}  # the highest learning rate, times n_embd
-
-
-def find_tokenizer(args, characters):
-    """The tokenizer that comes with --init, or else the one that --tokenizer names.
-
-    Raises UserError where they differ, or where there is none.
-    """
-    tokenizer = None
-    if args.init != "scratch":
-        with contextlib.suppress(FileNotFoundError):
-            tokenizer = load_tokenizer(args.init)
-    if tokenizer is not None:
-        own = "gpt2" if isinstance(tokenizer, BPETokenizer) else "char"
-        if args.tokenizer not in (None, own):
-            raise common.UserError(f"--tokenizer {args.tokenizer} does not fit --init {args.init}, "
-                                   f"which has one of its own, {own}: leave it out")
-        return tokenizer
-    if args.init != "scratch" and args.tokenizer is None:
-        raise common.UserError(f"--init {args.init} comes without a tokenizer: put GPT-2's "
-                               f"{' and '.join(TOKENIZER_FILES)} there, or pass --tokenizer")
-    if args.tokenizer != "gpt2":
-        return CharTokenizer(characters)
-    folder = Path(args.data_dir, "gpt2")
-    if not all((folder / file).exists() for file in TOKENIZER_FILES):
-        folder = download("gpt2", *TOKENIZER_FILES)
-    return BPETokenizer(*(folder / file for file in TOKENIZER_FILES))
-
-
-def train_model(args, argv):
-    """The `train` command; under torchrun each process runs it."""
-    state = None
-    if args.resume is not None:
-        run = Path(args.resume)
-        state = common.load_checkpoint(run / "last.pt", "gpt.py")
-        args = parse_args(argv, state["args"])  # the run's own, but for what is given now
-    device, dtype = pick_device(args)
-    if state is None:
-        args.defaults = ("init" if args.init != "scratch" else
-                         "cuda" if device.type == "cuda" else "cpu")
-        by_size = zip(("n_layer", "n_head", "n_embd"), SIZES.get(args.size, ()), strict=False)
-        for name, value in (RECIPES[args.defaults] | dict(by_size)).items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        args.lr = args.lr or RATES[args.optimizer] / args.n_embd
-        args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
-
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (args.grad_accum * size):
-        raise common.UserError(f"--batch-size {args.batch_size} is no multiple of --grad-accum "
-                               f"{args.grad_accum} times {size}, the number of processes")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if size > 1:
-        if device.type == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise common.UserError(f"there are {torch.cuda.device_count()} GPUs here: choose "
-                                       "--nproc-per-node accordingly")
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
-    rank, _ = process()
-
-    # A barrier, to which the first process of a machine comes last: when it has downloaded and
-    # tokenized what the others then find.
-    if local_rank > 0:
-        add_up(torch.zeros(1))
-    path = args.text or find_text(args.data_dir, stand_in=state is None)
-    text = read_text(Path(path), args.limit)
-    if state and state["text"] != text.digest:
-        raise common.UserError(f"{text.path} is not the text that {run} began with: give that one "
-                               "as --text")
-    stand_in = text.path.name == STAND_IN
-    if stand_in:
-        args.text = str(text.path)  # to resume with it even where tiny Shakespeare can be had
-    if state is None:
-        run = Path(args.out_dir or f"runs/gpt-{text.path.stem}")
-    torch.manual_seed(args.seed)
-    try:
-        if state:
-            tokenizer = load_tokenizer(run / "last.pt")
-            model = GPT(GPTConfig(**state["config"]))
-            model.load_state_dict(state["model"])
-        elif args.init == "scratch":
-            tokenizer = find_tokenizer(args, text.characters)
-            model = GPT(GPTConfig(len(tokenizer), args.block_size, args.n_layer, args.n_head,
-                                  args.n_embd, args.dropout))
-        else:
-            model = GPT.from_pretrained(args.init, args.dropout).train()
-            args.block_size = args.block_size or min(model.config.block_size, 256)
-            model.crop(args.block_size)
-            tokenizer = find_tokenizer(args, text.characters)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens and {args.init} "
-                             f"{model.config.vocab_size:,}: they do not belong together")
-        train, val = tokenize(text, tokenizer, run.absolute().parent, args.block_size)
-    except ValueError as error:
-        raise common.UserError(error) from error
-    if local_rank == 0:
-        add_up(torch.zeros(1))
-    number = int(text.digest[:12], 16)
-    if add_up(torch.tensor(number)) != size * number:
-        raise common.UserError(f"{text.path} is not the same text on every machine")
-
-    model.to(device)
-    kind = "characters" if isinstance(tokenizer, CharTokenizer) else "GPT-2's tokens"
-    heading = f"GPT on {text.path.name}, {kind}"
-    if rank == 0:
-        if state is None:
-            run = common.new_run_folder(run, args)
-            for file in getattr(tokenizer, "files", ()):
-                shutil.copy(file, run)
-        config, count = model.config, sum(p.numel() for p in model.parameters())
-        floats = 4 * count  # weights, gradients and AdamW's two running means
-        if args.optimizer == "muon":
-            floats -= sum(p.numel() for p in model.h.parameters() if p.dim() == 2)  # it has one
-        flops = flops_per_token(model) * args.batch_size * config.block_size
-        print(f"{heading}: {count:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
-              f"{config.n_embd} wide; defaults: {args.defaults}) on "
-              f"{f'{size} x ' if size > 1 else ''}{device} in "
-              f"{str(dtype).removeprefix('torch.')}; {4 * floats / 1e6:,.1f} MB of weights, "
-              f"gradients and optimizer on each; {len(train):,} train, {len(val):,} val tokens, "
-              f"{len(tokenizer):,} different; {args.max_steps:,} steps of {args.batch_size} x "
-              f"{config.block_size} tokens, {flops / 1e9:,.1f} GFLOP each; -> {run}", flush=True)
-    kept = {"config": dataclasses.asdict(model.config), "args": vars(args), "text": text.digest,
-            "characters": getattr(tokenizer, "characters", None)}
-    rows = fit(model, tokenizer, train, val, args, run, dtype, heading, kept, state)
-    if rank == 0:
-        best = common.load_checkpoint(run / "best.pt", "gpt.py")
-        results = {"val_loss": best["val"], "val_bits_per_byte": best["val_bits_per_byte"],
-                   "step": best["step"], "seconds": rows[-1]["seconds"], "device": str(device),
-                   "torch": torch.__version__}
-        write_text(run / "test.json", json.dumps(results, indent=2) + "\n")
-        print(f"best: step {best['step']}, val {best['val']:.4f}; to read more of it: "
-              f"python gpt.py generate --model {run}")
-        if stand_in:
-            print("warning: no tiny Shakespeare, so all this is of Python's documentation",
-                  file=sys.stderr)
-        print(run)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def parse_args(argv=None, run_args=None):
-    parser = argparse.ArgumentParser(prog="gpt.py", description="Train a GPT, and write with it.",
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    default = "(default: %(default)s)"
-
-    # prog and usage: else errors would start with "gpt.py generate: error:".
-    command = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False,
-                                  prog="gpt.py", usage="gpt.py generate [options]")
-    group = command.add_argument_group("model and prompt")
-    group.add_argument("--model", default="gpt2", metavar="NAME|DIR|FILE",
-                       help=f"{', '.join(PRETRAINED)}; a folder with a GPT-2's weights and "
-                       f"tokenizer, or the weights in it; or the folder of a run {default}")
-    group.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins, best "
-                       "without a space at its end; - reads it from standard input (default: "
-                       "nothing, so that a new text is begun)")
-    group = command.add_argument_group("sampling")
-    group.add_argument("--num-samples", type=integer(1), default=1,
-                       help=f"how many texts, made as one batch {default}")
-    group.add_argument("--max-new-tokens", type=integer(0), default=200,
-                       help=f"how many tokens at most each goes on for {default}")
-    group.add_argument("--greedy", action="store_true",
-                       help="always the most probable token, instead of the three below")
-    group.add_argument("--temperature", type=number(0), default=1.0, help="below 1 favours "
-                       f"the more probable tokens, above 1 the others, 0 is greedy {default}")
-    group.add_argument("--top-k", type=integer(0), default=40,
-                       help=f"draw from the k most probable tokens, 0: from all {default}")
-    group.add_argument("--top-p", type=number(0, 1), default=1.0, help="draw from the most "
-                       f"probable tokens that make up this share of the probability {default}")
-    group.add_argument("--seed", type=integer(0), default=42,
-                       help=f"another seed, another text {default}")
-    group = command.add_argument_group("device")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                       help=f"auto takes cuda, else mps, else cpu {default}")
-    group.add_argument("--no-amp", action="store_true", help="weights in float32 on CUDA, instead "
-                       "of bfloat16 or float16")
-
-    trainer = commands.add_parser("train", help="learn a text", allow_abbrev=False, prog="gpt.py",
-                                  usage="gpt.py train [options]")
-
-    def by_recipe(name):
-        return "default: " + ", ".join(
-            f"{recipe[name]} for {key}" for key, recipe in RECIPES.items() if name in recipe)
-
-    group = trainer.add_argument_group("text and model", "In the defaults init stands for a model "
-                                       "from --init, and cpu for mps, too.")
-    group.add_argument("--text", metavar="FILE", help="any UTF-8 text, of which the last 10%% "
-                       "validate (default: tiny Shakespeare, downloaded once)")
-    group.add_argument("--tokenizer", choices=["char", "gpt2"], help="a token for each character, "
-                       "or GPT-2's (default: char, or what --init comes with)")
-    group.add_argument("--init", default="scratch", metavar="scratch|NAME|DIR|FILE", help="weights "
-                       f"to go on from, as for generate --model, or none {default}")
-    group.add_argument("--size", choices=SIZES, help="the next three by name")
-    group.add_argument("--n-layer", type=integer(1), help=by_recipe("n_layer"))
-    group.add_argument("--n-head", type=integer(1), help=by_recipe("n_head"))
-    group.add_argument("--n-embd", type=integer(1), help=by_recipe("n_embd"))
-    group.add_argument("--block-size", type=integer(1), metavar="T", help="tokens that the "
-                       f"model sees at once ({by_recipe('block_size')}, at most 256 for init)")
-    group.add_argument("--dropout", type=number(0, 1), help=by_recipe("dropout"))
-    group = trainer.add_argument_group("training")
-    group.add_argument("--max-steps", type=integer(1), help=by_recipe("max_steps"))
-    group.add_argument("--eval-every", type=integer(1), metavar="STEPS", help="how often to "
-                       f"validate, save and write a sample ({by_recipe('eval_every')})")
-    group.add_argument("--batch-size", type=integer(1), help="sequences a step, of all "
-                       f"processes together ({by_recipe('batch_size')})")
-    group.add_argument("--grad-accum", type=integer(1), default=1, help="in how many parts "
-                       f"each process takes its share of them, to save memory {default}")
-    group.add_argument("--optimizer", choices=["muon", "adamw"], help="muon for the matrices of "
-                       f"the layers and adamw for the rest, or adamw ({by_recipe('optimizer')})")
-    group.add_argument("--lr", type=positive, help="highest learning rate (default: "
-                       f"{RATES['muon']} / n_embd with muon, {RATES['adamw']} / n_embd with "
-                       f"adamw, {RECIPES['init']['lr']} for init)")
-    group.add_argument("--min-lr", type=number(0), default=0.0,
-                       help=f"learning rate at the end {default}")
-    group.add_argument("--warmup", type=integer(0), metavar="STEPS", help="in which the "
-                       "learning rate rises (default: a twentieth of all)")
-    group.add_argument("--weight-decay", type=number(0), default=0.1,
-                       help=f"of matrices and embeddings {default}")
-    group.add_argument("--grad-clip", type=number(0), default=1.0,
-                       help=f"longest gradient, others are shortened to it; 0: any {default}")
-    group.add_argument("--seed", type=integer(0), default=42,
-                       help=f"of the weights, the batches and the dropout {default}")
-    group = trainer.add_argument_group("data, device and run")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="where tiny Shakespeare "
-                       f"is, or is downloaded to, and gpt2/ with GPT-2's tokenizer {default}")
-    group.add_argument("--limit", type=integer(1), metavar="N",
-                       help="a quick try: only the first N characters of the text (default: all)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                       help=f"auto takes cuda, else mps, else cpu {default}")
-    group.add_argument("--no-amp", action="store_true", help="no autocast to bfloat16 or "
-                       "float16 on CUDA (elsewhere there is none anyway)")
-    group.add_argument("--out-dir", metavar="DIR", help="where the run is kept; a folder that "
-                       "holds something gets a suffix (default: runs/gpt-NAME for NAME.txt)")
-    group.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, under its own "
-                       "arguments; only --device, --data-dir and --text may be given beside it")
-    trainer.set_defaults(command="train", script="gpt.py")
-
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        args = parse_run_args(trainer, argv[1:], run_args)
-        own = [f"--{name.replace('_', '-')}" for name in ("size", "n_layer", "n_head", "n_embd")
-               if getattr(args, name) is not None]
-        if args.init != "scratch" and own and not run_args:
-            trainer.error(f"--init keeps the size of its model: leave out {' '.join(own)}")
-        return args
-    args = parser.parse_args(argv)
-    choices = ("temperature", "top_k", "top_p")
-    if args.greedy and any(getattr(args, name) != command.get_default(name) for name in choices):
-        command.error("--greedy leaves nothing to --temperature, --top-k and --top-p: leave them "
-                      "out")
-    return args
-
-
-@common.command("gpt.py")
+@common.command("gpt.py")  # prints a common.UserError without its traceback
 def main(argv=None):
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Not everywhere the default, as on Windows; what cannot be encoded becomes "?".
+    if isinstance(sys.stdout, io.TextIOWrapper):  # UTF-8 is not the default everywhere
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    args = parse_args(argv)
-    try:
-        train_model(args, argv) if args.command == "train" else write_samples(args)
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a file that is not there, a download that failed
-        raise common.UserError(error) from error
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="gpt.py", description="Train a GPT, and write with it.",
+                                     epilog="python gpt.py train --help lists the flags of train")
+    parser.add_argument("command", choices=["train", "generate"])
+    command = parser.parse_args(argv[:1]).command
+    train(argv[1:]) if command == "train" else generate(argv[1:])
 
 
 if __name__ == "__main__":

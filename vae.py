@@ -333,7 +333,7 @@ def main(argv=None):
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
     run = common.open_run(args, state, f"vae-z{args.z_dim}"
-                          + (f"-{data.name}" if data.name != "mnist" else ""))
+                          + (f"-{data.name}" if data.name != "mnist" else ""), len(rows))
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; {len(train):,} train, {len(val):,} val, "
@@ -406,7 +406,7 @@ def main(argv=None):
     draw_pictures(model, test, data.test_labels, run, f"{heading}, test images", best["epoch"])
     draw_curves(rows, run, heading, test=figures["test_bpd"])
     common.close_run(args, run, rows,
-                     figures | {"epoch": best["epoch"], "device": str(device)})
+                     figures | {"epoch": best["epoch"], "device": str(device)}, len(rows))
     print(f"{heading} -> {run}")
 
 
