@@ -208,7 +208,8 @@ def read_images(name, data_dir):
             # Copy what is there into it: torchvision unpacks a .gz instead of downloading it.
             parent = next(p for p in (data_dir, *data_dir.absolute().parents) if p.is_dir())
             socket.setdefaulttimeout(TIMEOUT)
-            with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            with (tempfile.TemporaryDirectory(dir=parent) as temporary,
+                  contextlib.redirect_stdout(sys.stderr)):  # where older torchvisions print
                 new = Path(temporary, title, "raw")
                 if raw.is_dir():
                     shutil.copytree(raw, new)

@@ -756,8 +756,9 @@ def train(argv):
     done = rows[-1]["step"] if rows else 0
     if rank == 0:
         run = common.open_run(args, state, f"gpt-{path.stem}", done, "max_steps")
-        with user_errors():
-            tokenizer.save(run)
+        if state is None:
+            with user_errors():
+                tokenizer.save(run)
         count = sum(p.numel() for p in model.parameters())
         print(f"{heading}: {count:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
               f"{config.n_embd} wide; defaults: {args.defaults}) on "
