@@ -563,7 +563,6 @@ RECIPES = {
              "dropout": 0.2, "max_steps": 5000, "eval_every": 250},
     "init": {"batch_size": 4, "dropout": 0.0, "max_steps": 100, "eval_every": 25},
 }
-OPTIMIZERS = {"cpu": "muon", "cuda": "adamw", "init": "adamw"}
 RATES = {"adamw": 0.4, "muon": 0.9}  # divided by n_embd: the highest learning rate
 
 
@@ -597,7 +596,7 @@ def train_arguments(argv):
     add("--grad-accum", type=number(int, 1), default=1, help="parts in which each process computes "
         "a step, to save memory")
     add("--optimizer", choices=["muon", "adamw"], help="muon: for the layers' matrices, adamw for "
-        "the rest (" + ", ".join(f"{name} for {key}" for key, name in OPTIMIZERS.items()) + ")")
+        "the rest (muon from scratch, adamw for init)")
     add("--lr", type=number(float, 0), help=f"highest learning rate ({RATES['muon']} / n_embd with "
         f"muon, {RATES['adamw']} / n_embd with adamw, 5e-05 for init)")
     add("--min-lr", type=number(float, 0), default=0.0, help="learning rate at the end")
@@ -661,7 +660,7 @@ def train(argv):
         for name, value in (RECIPES[args.defaults] | dict(by_size)).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        args.optimizer = args.optimizer or OPTIMIZERS[args.defaults]
+        args.optimizer = args.optimizer or ("adamw" if args.defaults == "init" else "muon")
         args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
 
     # -- Processes ----------------------------------------------------------------------------

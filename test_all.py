@@ -3226,7 +3226,7 @@ def per_second(number, work, *arguments):
     return number / (time.perf_counter() - start)
 
 
-def bench_generation(runs=5, number=200):
+def bench_generation(runs=7, number=200):
     """A GPT-2 124M with random weights, batch 1, after a prompt of 32 tokens: beside transformers,
     and beside its matrix products alone, as gpt.linear and as torch's F.linear."""
     model = gpt.GPT(gpt.GPTConfig(50257, 1024, *gpt.SIZES["gpt2"])).eval()
