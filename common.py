@@ -453,4 +453,4 @@ def save_curves(path, title, ylabel, rows, curves, levels, x="epoch"):
             axes.axhline(height, color="k", linestyle="--", label=f"{label} {height:.4f}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
