@@ -337,7 +337,7 @@ def draw_pictures(model, images, labels, codes, run, heading, epoch):
 def draw_curves(rows, run, heading, **levels):
     """The losses by epoch; `levels`, such as test=0.05, are dashed lines in the first picture."""
     common.save_curves(run / "mse.png", f"{heading}\nreconstruction",
-                       "mean squared error per pixel in [-1, 1]", rows,
+                       "mean squared error per pixel", rows,
                        {"train": "train_mse", "val": "val_mse"}, levels)
     if "disc_loss" in rows[0]:
         common.save_curves(
