@@ -87,7 +87,7 @@ def add_run_arguments(parser, batch_size=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="auto takes cuda, else mps, else cpu")
     add("--no-amp", action="store_true", help="no autocast to 16 bits (only CUDA has one)")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--compile", action="store_true", help="torch.compile; on a CPU it brought no speed")
     add("--data-dir", default="data", metavar="DIR", help="where the data is or is downloaded to")
     add("--out-dir", metavar="DIR", help="the run's folder, if not one in runs/; gets a suffix "
         "where it already holds something")
