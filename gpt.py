@@ -431,49 +431,6 @@ def windows(tokens, starts, length):
 # -- Optimizer and evaluation -----------------------------------------------------------------
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal, so that a matrix learns in all directions alike
-    (Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as large as Adam's are, so that
-    it takes the same learning rates (Liu et al., 2025, arXiv:2502.16982).
-
-    torch.optim.Muon computes in bfloat16: 20 times as long on the many CPUs that only emulate it.
-    """
-
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
-        shapes = {p.shape: [q for q in matrices if q.shape == p.shape] for p in matrices}
-        super().__init__([{"params": group} for group in shapes.values()],
-                         {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:  # all matrices of one shape
-            lr, momentum, weights = group["lr"], group["momentum"], group["params"]
-            gradients = torch.stack([weight.grad for weight in weights])  # [n, rows, columns]
-            state = self.state[weights[0]]
-            if not state:
-                state["mean"] = torch.zeros_like(gradients)
-            state["mean"].lerp_(gradients, 1 - momentum)
-            # Nesterov's momentum: a step further, towards the gradient
-            updates = orthogonalize(gradients.lerp(state["mean"], momentum))
-            scale = 0.2 * math.sqrt(max(weights[0].shape))  # as large as Adam's updates
-            for weight, update in zip(weights, updates, strict=True):
-                weight.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
-
-
-def orthogonalize(matrices):
-    """U V^T, nearly, for each matrix U S V^T of [n, rows, columns]: the five steps (Newton and
-    Schulz's iteration, Jordan's coefficients) leave the singular vectors as they are, and bring
-    most singular values to between 0.7 and 1.2."""
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x  # [n, less, more], so that the products below are small
-    identity = torch.eye(x.size(1), device=x.device, dtype=x.dtype)
-    for _ in range(5):
-        xx = x @ x.mT  # [n, less, less]
-        x = (3.4445 * identity - 4.7750 * xx + 2.0315 * xx @ xx) @ x
-    return x.mT if tall else x
-
-
 def learning_rate(step, args):
     """Up to --lr in the first --warmup steps, then by a cosine down to --min-lr."""
     if step < args.warmup:
@@ -734,7 +691,7 @@ def train(argv):
         [{"params": matrices[:first]}, {"params": vectors, "weight_decay": 0.0}],
         args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)}
     if args.optimizer == "muon":
-        optimizers["muon"] = Muon(matrices[first:], args.lr, args.weight_decay)
+        optimizers["muon"] = common.Muon(matrices[first:], args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     net = model  # or a view of it: compiled, or averaging the gradients of all processes
     if args.compile and common.can_compile(device):
