@@ -2317,6 +2317,7 @@ class VAERuns(ImageRuns, TemporaryFolder):
 class AAERuns(ImageRuns, TemporaryFolder):
     module, rates, loss, scale = aae, ["--ae-lr", "--d-lr"], "train_mse", 2**16
     peaks = [0.01, 0.01, 0.02]  # of Muon and AdamW, and of the discriminator's Adam
+    steps = 30  # two backward passes for each batch
     half_argvs = [ImageRuns.half]
     bad_values = [*ImageRuns.image_values,
                   ("--lam 1.01", "--lam: 1.01 is not between 0 and 1"),
@@ -2597,13 +2598,15 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
+class Runner(unittest.TextTestRunner):
+    resultclass = Result
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--bench"]:
         bench(*(sys.argv[2:] or [os.environ.get("DATA_DIR", "data")]))
         sys.exit()
-    program = unittest.main(exit=False, testRunner=unittest.TextTestRunner(
-        resultclass=Result, verbosity=2))
-    result = program.result
+    result = unittest.main(exit=False, verbosity=2, testRunner=Runner).result
     failed = len(result.failures) + len(result.errors)
     for test, reason in result.skipped:
         print(f"skipped {test}: {reason}")
