@@ -193,16 +193,15 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         if wte.is_meta:  # tensors on "meta" have a shape, and no values
             return
-        # Normal, as in OpenAI's code; the matrices that end the 2 n_layer residual branches are
-        # divided by sqrt(2 n_layer), as in the paper.
+        # Normal, as in OpenAI's code. But the matrices that end the residual branches start at zero,
+        # so that each block begins as the identity (Goyal et al., 2017, arXiv:1706.02677, did so
+        # with ResNets). On tiny Shakespeare this learns faster than GPT-2's own way, a standard
+        # deviation of 0.02 / sqrt(2 n_layer).
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = 0.01 if name == "wpe.weight" else 0.02
-                if name.endswith("c_proj.weight"):
-                    std /= math.sqrt(2 * config.n_layer)
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
+            if name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.01 if name == "wpe.weight" else 0.02)
 
     def hidden(self, idx, cache=None, start=0):
         """From tokens idx [B, T], the first of which is at position `start`, through all layers
@@ -432,11 +431,11 @@ def windows(tokens, starts, length):
 
 
 def learning_rate(step, args):
-    """Up to --lr in the first --warmup steps, then by a cosine down to --min-lr."""
+    """Up to --lr in the first --warmup steps, then down to --min-lr in a straight line."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / (args.max_steps - args.warmup)  # from 0 to almost 1
-    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return args.lr + (args.min_lr - args.lr) * progress
 
 
 def flops_per_token(model):
@@ -514,8 +513,8 @@ def draw_sample(model, tokenizer, run, step):
 # What `train` does where no flag says otherwise: on a CPU (or MPS), as much as two cores learn in
 # three minutes; on CUDA, nanoGPT's well-known recipe; from --init, small steps.
 RECIPES = {
-    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
-            "dropout": 0.0, "max_steps": 2000, "eval_every": 400},
+    "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 8,
+            "dropout": 0.0, "max_steps": 3000, "eval_every": 600},
     "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
              "dropout": 0.2, "max_steps": 5000, "eval_every": 250},
     "init": {"batch_size": 4, "dropout": 0.0, "max_steps": 100, "eval_every": 25},

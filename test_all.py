@@ -553,18 +553,15 @@ class GPTModel(unittest.TestCase):
         self.assertEqual((logits.dtype, loss.dtype), (torch.bfloat16, torch.float32))
         assert_close(loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
 
-    def test_a_new_model_knows_nothing_and_has_gpt2s_initial_weights(self):
+    def test_a_new_model_knows_nothing_and_its_blocks_are_the_identity(self):
         torch.manual_seed(0)
         model = gpt.GPT(gpt.GPTConfig(1000, 64, 8, 4, 128, dropout=0.1))
-        idx = torch.randint(1000, (4, 64))
+        idx, x = torch.randint(1000, (4, 64)), torch.randn(1, 64, 128)
         self.assertAlmostEqual(model(idx, idx.roll(1, 1))[1].item(), math.log(1000), delta=0.1)
-        for name, parameter in model.named_parameters():
-            std = 0.01 if name == "wpe.weight" else 0.02 / 4 ** name.endswith("c_proj.weight")
-            if parameter.dim() == 2:
-                self.assertAlmostEqual(parameter.std().item() / std, 1, delta=0.05, msg=name)
-            else:
-                one = "ln" in name and name.endswith("weight")
-                self.assertEqual(parameter.unique().tolist(), [float(one)])
+        identical(model.h[0](x), x)
+        for name, std in (("wte", 0.02), ("wpe", 0.01), ("h.0.attn.c_attn", 0.02)):
+            weight = model.get_parameter(f"{name}.weight")
+            self.assertAlmostEqual(weight.std().item() / std, 1, delta=0.05, msg=name)
 
     def test_sizes_of_gpt2_and_operations_per_token(self):
         with torch.device("meta"):
@@ -1533,11 +1530,11 @@ class Optimization(unittest.TestCase):
         moved = (theirs - before).norm()
         self.assertLess((ours.flatten(1) - theirs).norm(), 0.01 * moved)  # it has bfloat16
 
-    def test_gpts_learning_rate_rises_and_follows_a_cosine(self):
+    def test_gpts_learning_rate_rises_and_falls_in_a_straight_line(self):
         args = argparse.Namespace(lr=1, min_lr=0.1, warmup=10, max_steps=110)
         rates = [gpt.learning_rate(step, args) for step in range(110)]
         assert_close(torch.tensor(rates)[[0, 9, 10, 60, 109]],
-                     torch.tensor([0.1, 1, 1, 0.55, 0.1]), atol=1e-3, rtol=0)
+                     torch.tensor([0.1, 1, 1, 0.55, 0.109]), atol=1e-6, rtol=0)
         self.assertEqual(rates[10:], sorted(rates[10:], reverse=True))
 
     def test_validation_weighs_every_token_the_same_and_counts_bytes(self):
@@ -2068,7 +2065,7 @@ class Runs:
         def save_and_stop(path, state):
             save(path, state)
             if path.name == "last.pt" and len(state["rows"]) == rows:
-                os.kill(os.getpid(), signal.SIGINT)
+                raise KeyboardInterrupt
 
         with mock.patch.object(common, "save_checkpoint", save_and_stop):
             status, _, err = self.call(*argv)
@@ -2346,12 +2343,12 @@ class AAERuns(ImageRuns, TemporaryFolder):
         self.assertIn("a loss is not finite at step 50", err)
 
     def test_codes_come_to_the_prior_where_they_are_asked_to_and_only_there(self):
-        for lam, low, high in ((0.995, 0, 0.4), (1, 0.8, 100)):
+        for lam, low, high in ((0.995, 0, 3), (1, 4, 1000)):
             self.train(4, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3, "--lam", lam,
                        "--out-dir", f"lam{lam}")
             test = json.loads(Path(f"lam{lam}/test.json").read_text())
             self.assertLess(test["test_mse"], 0.18)  # 0.22: the mean of all images
-            self.assertTrue(low < test["sliced_wasserstein"] < high, test)
+            self.assertTrue(low < test["test_sliced_wasserstein"] < high, test)
 
     def test_each_phase_moves_its_own_networks_alone(self):
         torch.manual_seed(42)

@@ -276,7 +276,7 @@ def draw_pictures(model, images, labels, run, heading, epoch):
         per_dimension = kl_divergence(mean[..., None], log_std[..., None]).mean(0)  # [D]
         with common.picture(run / "kl.png", 7, 4, f"{heading}\nKL of each dimension") as figure:
             axes = figure.add_subplot(xlabel="latent dimensions, sorted", ylabel="nats per image")
-            axes.bar(range(1, model.z_dim + 1), per_dimension.sort(descending=True).values)
+            axes.bar(range(1, model.z_dim + 1), sorted(per_dimension.tolist(), reverse=True))
             axes.xaxis.get_major_locator().set_params(integer=True)
 
 
