@@ -193,10 +193,10 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         if wte.is_meta:  # tensors on "meta" have a shape, and no values
             return
-        # Normal, as in OpenAI's code. But the matrices that end the residual branches start at zero,
-        # so that each block begins as the identity (Goyal et al., 2017, arXiv:1706.02677, did so
-        # with ResNets). On tiny Shakespeare this learns faster than GPT-2's own way, a standard
-        # deviation of 0.02 / sqrt(2 n_layer).
+        # Normal, as in OpenAI's code; but the matrices that end the residual branches are zero, so
+        # that each block begins as the identity (Goyal et al., 2017, arXiv:1706.02677, with
+        # ResNets). It learns tiny Shakespeare faster than the std of GPT-2's paper,
+        # 0.02 / sqrt(2 n_layer).
         for name, parameter in self.named_parameters():
             if name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(parameter)
