@@ -193,15 +193,16 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         if wte.is_meta:  # tensors on "meta" have a shape, and no values
             return
-        # Normal, as in OpenAI's code; but the matrices that end the residual branches are zero, so
-        # that each block begins as the identity (Goyal et al., 2017, arXiv:1706.02677, with
-        # ResNets). It learns tiny Shakespeare faster than the std of GPT-2's paper,
-        # 0.02 / sqrt(2 n_layer).
+        # Normal, as in OpenAI's code; the matrices that end the 2 n_layer residual branches are
+        # divided by sqrt(2 n_layer), as in the paper.
         for name, parameter in self.named_parameters():
-            if name.endswith(("c_proj.weight", "bias")):
+            if parameter.dim() == 2:
+                std = 0.01 if name == "wpe.weight" else 0.02
+                if name.endswith("c_proj.weight"):
+                    std /= math.sqrt(2 * config.n_layer)
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.01 if name == "wpe.weight" else 0.02)
 
     def hidden(self, idx, cache=None, start=0):
         """From tokens idx [B, T], the first of which is at position `start`, through all layers
