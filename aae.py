@@ -6,9 +6,9 @@
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    |.|^2 is the mean over the pixels, a few hundredths in a trained model. In training the encoder
-    minimises -log D(E(x)) in place of the last term. That is near ln 2 = 0.69, so lambda has to be
-    close to 1 for the reconstruction to count.
+    |.|^2 is the squared error averaged over the pixels, a few hundredths in a trained model. In
+    training the encoder minimises -log D(E(x)) in place of the last term: ln 2 = 0.69 where D can
+    only guess. So lambda has to be close to 1 for the reconstruction to count.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                a plain autoencoder
@@ -19,9 +19,10 @@
                                          go on with a run that was stopped; add --epochs 100
                                          to go on beyond its end, until 100 are done
 
-A run leaves a folder in runs/: args.json, metrics.jsonl (a row an epoch), last.pt, test.json, and
-as pictures the losses by epoch, samples, reconstructions, and the codes beside the prior. --resume
-of a finished run prints its test figures and draws the pictures again.
+A run leaves a folder in runs/: args.json, metrics.jsonl (a row per epoch), last.pt (the last
+model: no single figure says which is best), test.json, and as pictures the losses by epoch,
+samples, reconstructions, and the codes beside the prior. --resume of a finished run prints its
+test figures and draws the pictures again.
 
 The model is that of the University of Amsterdam's Deep Learning Practical 3 (2023). Comments that
 begin with Q2.1, Q2.3, ... answer its questions. In comments on shapes B is the batch size.
@@ -58,7 +59,7 @@ def init(layer, gain=2**0.5):
 
 
 def at_least_float32(x):
-    """float32 for the 16 bits that autocast computes in. A model in float64 stays in float64."""
+    """Autocast's 16-bit numbers as float32. A model in float64 stays in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -127,8 +128,8 @@ class Decoder(nn.Module):
             init(nn.Conv2d(c, c, 3, padding=1)), nn.ReLU(),                             # 14x14
             init(nn.ConvTranspose2d(c, 1, output_padding=1, **up), gain=1))             # -> 28x28
         # Most pixels are -1, the background. With a bias of 0 the first steps push all outputs so
-        # far down that tanh has no gradient left: 5 of 6 seeds never recovered. With -1 none did
-        # so; tanh(-1) = -0.76 is near the images' mean.
+        # far down that tanh has no gradient left, and 5 of 6 seeds never recovered. With -1 all 6
+        # learned; tanh(-1) = -0.76 is near the images' mean.
         nn.init.constant_(self.net[-1].bias, -1)
 
     def forward(self, z):
@@ -211,7 +212,7 @@ class AdversarialAE(nn.Module):
 def sliced_wasserstein(a, b, num_projections=200):
     """The mean Wasserstein-1 distance of two sets of points, projected on random directions.
 
-    a, b [N, D] -> float. In one dimension the best way to move N points onto N others keeps
+    a, b [N, z_dim] -> float. In one dimension the best way to move N points onto N others keeps
     their order, so the distance is the mean difference of the sorted values.
     """
     assert a.shape == b.shape
@@ -222,10 +223,10 @@ def sliced_wasserstein(a, b, num_projections=200):
 
 
 def maximum_mean_discrepancy(a, b):
-    """MMD of two sets of points: sqrt(E k(a, a') + E k(b, b') - 2 E k(a, b)), 0 where both have the
-    same distribution (Gretton et al., 2012, JMLR 13). a, b [N, D] -> float
+    """sqrt(mean k(a, a') + mean k(b, b') - 2 mean k(a, b)), the MMD of two sets of points (Gretton
+    et al., 2012, JMLR 13): near 0 where both have the same distribution. a, b [N, z_dim] -> float
 
-    k(a, b) = exp(-|a - b|^2 / (2 w^2)), where w is the median distance of points of b.
+    k(a, b) = exp(-|a - b|^2 / (2 w^2)), with the median distance of 1,000 points of b as w.
     """
     width = F.pdist(b[:1000]).median()
 
@@ -255,13 +256,14 @@ def parzen_log_likelihood(samples, x, sigmas):
 
 
 def times_the_floor(distance, codes, repeats=5):
-    """distance(codes, draws of the prior), as a multiple of that between two sets of such draws:
-    1 where codes [N, D] are distributed as the prior. Means over `repeats` sets."""
+    """How far codes [N, z_dim] are from the prior. Even two sets of N draws of the prior are some
+    distance apart, the floor. -> mean distance(codes, draws) / mean floor, near 1 for a match"""
     codes = codes.double().cpu()  # in float64, without the rounding of TF32
-    torch.manual_seed(1)  # not evaluate's 0, from which a stochastic encoder draws its noise
-    sets = torch.randn(repeats, 2, *codes.shape).double()
-    return (sum(distance(codes, prior) for prior, _ in sets)
-            / sum(distance(other, prior) for prior, other in sets))
+    # Not evaluate's seed 0: a stochastic encoder's noise would be the same numbers.
+    torch.manual_seed(1)
+    pairs = torch.randn(repeats, 2, *codes.shape).double()
+    return (sum(distance(codes, draws) for draws, _ in pairs)
+            / sum(distance(others, draws) for draws, others in pairs))
 
 
 @torch.no_grad()
@@ -297,12 +299,12 @@ def test_figures(model, data):
     mse, codes = evaluate(model, data.test)
     figures = {"test_mse": mse, **code_moments(codes)}
     print(f"test: mse {mse:.4f} | {MOMENTS.format(**figures)}")
-    # MNIST's test images come from other writers than its training images, so their codes are
-    # spread a little differently. Those of the validation images show the match better.
+    # MNIST's test images are by other writers than its training images, so their codes are spread
+    # a little differently. The codes of validation images show the match better.
     for part, z in (("val", evaluate(model, data.val)[1]), ("test", codes)):
         figures[f"{part}_sliced_wasserstein"] = times_the_floor(sliced_wasserstein, z)
-        # Its time grows with N^2, so a quarter of the codes. (Not the first, as MNIST is sorted by
-        # groups of writers.)
+        # The MMD's time grows with N^2, so only every fourth code. (Not the first quarter, as
+        # MNIST's test images are sorted by groups of writers.)
         figures[f"{part}_mmd"] = times_the_floor(maximum_mean_discrepancy, z[::4])
     print("codes to the prior, in multiples of the distance between two sets of its draws: sliced "
           "Wasserstein {val_sliced_wasserstein:.2f} val {test_sliced_wasserstein:.2f} test | MMD "
@@ -356,7 +358,7 @@ def draw_pictures(model, images, labels, codes, run, heading, epoch):
             axes = figure.add_subplot(*grid, i + 1, yticks=[])
             axes.hist(codes[:, i].numpy(), bins=60, range=(-reach, reach), density=True)
             axes.plot(z, density, "k", linewidth=1)
-            axes.set_ylim(0, 0.6)  # half as much again as the prior's peak
+            axes.set_ylim(0, 0.6)  # 1.5 times the prior's peak
             axes.set_title(f"z[{i}]: mean {codes[:, i].mean():.2f}, std {codes[:, i].std():.2f}",
                            fontsize="small")
 
@@ -399,7 +401,7 @@ def main(argv=None):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, torch's default for convolutions
     data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
-    args.dataset = data.name  # what "auto" came to
+    args.dataset = data.name  # the one that "auto" chose
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
     heading = f"AAE on {common.TITLES[data.name]}, z {args.z_dim}, lambda {args.lam:g}"
     if args.posterior != "deterministic":
@@ -412,7 +414,7 @@ def main(argv=None):
     model = AdversarialAE(args.z_dim, args.posterior)
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
     functions = [model, model.autoencoder_loss, model.discriminator_loss]
-    if args.compile and common.can_compile(device):  # the same weights; a graph a batch size
+    if args.compile and common.can_compile(device):  # the same weights; a graph per batch size
         functions = [torch.compile(function, dynamic=False) for function in functions]
     forward, autoencoder_loss, discriminator_loss = functions
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
@@ -426,7 +428,7 @@ def main(argv=None):
                                    betas=(0.5, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     adversarial = args.lam < 1
-    rows = []  # one an epoch
+    rows = []  # one per epoch
 
     # -- A new run, or an old one to go on with -----------------------------------------------
     if state:
@@ -471,7 +473,7 @@ def main(argv=None):
             x = to_float(data.train[indices])  # [B, 1, 28, 28]
 
             # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-            # The paper does this in two steps of their own, and trains the discriminator between
+            # The paper does this in two separate steps, and trains the discriminator between
             # them. Here, as in the practical, it is one step. It comes first, so that the
             # discriminator can learn from the same codes z.
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -159,30 +159,34 @@ def can_compile(device):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal, so that a matrix learns in all directions alike
-    (Jordan et al., 2024, kellerjordan.github.io/posts/muon), and as large as Adam's are, so that
-    it takes the same learning rates (Liu et al., 2025, arXiv:2502.16982). The kernel of a
-    convolution, [out, in, 3, 3], counts as a matrix [out, in * 9].
+    (Jordan et al., 2024, kellerjordan.github.io/posts/muon). They are scaled to the size of Adam's
+    updates, so the same learning rates fit (Liu et al., 2025, arXiv:2502.16982). The kernel of a
+    convolution, [out, in, 3, 3], counts as a matrix [out, in * 9]; if transposed, [in, out * 9].
 
-    torch.optim.Muon computes in bfloat16: 20 times as long on the many CPUs that only emulate it.
+    Why not torch.optim.Muon: it takes only matrices, and computes in bfloat16, which takes 20 times
+    as long on the many CPUs that only emulate it.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
-        shapes = {p.shape: [q for q in matrices if q.shape == p.shape] for p in matrices}
-        super().__init__([{"params": group} for group in shapes.values()],
+        # A group per shape, whose matrices are made orthogonal in one batch
+        by_shape = {p.shape: [q for q in matrices if q.shape == p.shape] for p in matrices}
+        super().__init__([{"params": group} for group in by_shape.values()],
                          {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:  # all matrices of one shape
+        for group in self.param_groups:
             lr, momentum, weights = group["lr"], group["momentum"], group["params"]
             gradients = torch.stack([w.grad.flatten(1) for w in weights])  # [n, rows, columns]
-            state = self.state[weights[0]]
+            state = self.state[weights[0]]  # of the whole group
             if not state:
                 state["mean"] = torch.zeros_like(gradients)
             state["mean"].lerp_(gradients, 1 - momentum)
-            # Nesterov's momentum: a step further, towards the gradient
+            # Nesterov's momentum: momentum * mean + (1 - momentum) * gradients
             updates = orthogonalize(gradients.lerp(state["mean"], momentum))
-            scale = 0.2 * math.sqrt(max(gradients.shape[1:]))  # as large as Adam's updates
+            # The entries of U V^T have a root mean square of 1 / sqrt(longer side), those of Adam's
+            # updates about 0.2.
+            scale = 0.2 * math.sqrt(max(gradients.shape[1:]))
             for weight, update in zip(weights, updates, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(update.view(weight.shape), alpha=-lr * scale)
