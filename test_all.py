@@ -5,9 +5,8 @@
     python test_all.py --bench     speed, beside the ordinary way of doing the same work
 
 DATA_DIR names a folder with the real MNIST (MNIST/raw/...) and GPT-2's tokenizer (gpt2/vocab.json
-and merges.txt, and its weights if they are at hand), REFERENCE_DIR one with what other
-implementations of GPT-2 made. Tests that miss these, transformers or tiktoken are skipped, and say
-so.
+and merges.txt, and its weights if they are at hand). Tests that miss these, transformers or
+tiktoken are skipped, and say so.
 """
 
 import argparse
@@ -55,16 +54,15 @@ import gpt
 import vae
 
 HERE = Path(__file__).resolve().parent
-# Absolute, as each test runs in a folder of its own
-DATA_DIR, REFERENCE_DIR = (Path(os.environ.get(name, "not given")).absolute()
-                           for name in ("DATA_DIR", "REFERENCE_DIR"))
+DATA_DIR = Path(os.environ.get("DATA_DIR", "not given")).absolute()  # as each test has a folder
 GPT2_FILES = [DATA_DIR / "gpt2" / name for name in ("vocab.json", "merges.txt")]
 needs_mnist = unittest.skipUnless((DATA_DIR / "MNIST/raw").is_dir(), "DATA_DIR has no MNIST")
 needs_gpt2_files = unittest.skipUnless(GPT2_FILES[0].is_file(), "DATA_DIR has no GPT-2 tokenizer")
-needs_references = unittest.skipUnless((REFERENCE_DIR / "gpt2_tiny").is_dir(),
-                                       "REFERENCE_DIR has no references")
 needs_tiktoken = unittest.skipUnless(find_spec("tiktoken"), "tiktoken is not installed")
 needs_processes = unittest.skipUnless(hasattr(os, "fork"), "starts processes as POSIX systems do")
+# Processes are forked from one that has imported all this already.
+PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
+PROCESSES.set_forkserver_preload(["torch._dynamo", "aae", "gpt", "vae"])
 RANDOM_STRINGS = int(os.environ.get("RANDOM_STRINGS", 5_000))
 
 
@@ -117,7 +115,7 @@ def identical(a, b):
 
 
 DRAW_GLYPHS = functools.cache(common.draw_glyphs)  # tests draw them once
-AdversarialAE = aae.AdversarialAE
+AdversarialAE = aae.AdversarialAE  # itself: `quickly` replaces it
 
 
 @contextlib.contextmanager
@@ -349,17 +347,6 @@ class AAEModel(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
         self.x = aae.to_float(DRAW_GLYPHS()[0][:64])
-
-    def test_a_model_of_zeros_has_losses_of_ln_2_and_an_accuracy_of_one_half(self):
-        model = aae.AdversarialAE()
-        for parameter in model.parameters():
-            nn.init.zeros_(parameter)
-        x = torch.zeros(64, 1, 28, 28)
-        recon, z = model(x)
-        loss, rec, gen = model.autoencoder_loss(x, recon, z, lam=0.995)
-        disc, accuracy = model.discriminator_loss(z)
-        expected = torch.tensor([0.005 * math.log(2), 0, math.log(2), math.log(2), 0.5])
-        assert_close(torch.stack([loss, rec, gen, disc, accuracy]), expected)
 
     def test_shapes_and_ranges(self):
         self.assertEqual((self.x.min().item(), self.x.max().item()), (-1, 1))
@@ -812,17 +799,6 @@ class Tokenizers(TemporaryFolder):
             self.assertEqual(split(text), words)
 
     @needs_gpt2_files
-    @needs_references
-    def test_gpt2_token_ids_of_the_reference_cases(self):
-        tokenizer = gpt.BPETokenizer(*GPT2_FILES)
-        lines = (REFERENCE_DIR / "gpt2_bpe_cases.jsonl").read_text("utf-8").split("\n")
-        cases = [json.loads(line) for line in lines if line]
-        self.assertGreater(len(cases), 200)
-        for case in cases:
-            self.assertEqual(tokenizer.encode(case["text"], special=False), case["ids"])
-            self.assertEqual(tokenizer.decode(case["ids"]), case["text"])
-
-    @needs_gpt2_files
     @needs_tiktoken
     def test_gpt2_token_ids_of_random_texts_are_tiktokens(self):
         oracle, tokenizer = tiktoken_gpt2(*GPT2_FILES), gpt.BPETokenizer(*GPT2_FILES)
@@ -1194,24 +1170,6 @@ class Pretrained(TemporaryFolder):
             gpt.save_model(small_gpt(spread=1.0).float(), "m")
         self.assert_loaded("m")
 
-    @needs_references
-    def test_logits_loss_and_text_of_the_reference_model_in_both_layouts(self):
-        expected = {name: torch.from_numpy(array) for name, array in
-                    np.load(REFERENCE_DIR / "gpt2_tiny/expected.npz").items()}
-        ids, greedy, T = expected["ids"], expected["greedy"], expected["prompt"].size(1)
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            Path(name).mkdir()
-            for file in (name, "config.json"):
-                shutil.copy(REFERENCE_DIR / "gpt2_tiny" / file, name)
-            model = gpt.GPT.from_pretrained(name)
-            with torch.no_grad():
-                logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
-            error = (logits - expected["logits"]).abs().max() / expected["logits"].std()
-            self.assertLess(error.item(), 1e-4)
-            self.assertAlmostEqual(loss.item(), expected["loss"].item(), delta=1e-5)
-            identical(model.generate(expected["prompt"], greedy.size(1) - T, do_sample=False),
-                      greedy)
-
     @needs_transformers
     @torch.no_grad()
     def test_transformers_models_of_several_shapes_there_and_back(self):
@@ -1295,12 +1253,10 @@ class Pretrained(TemporaryFolder):
             self.skipTest("the public weights of GPT-2 are not at hand: they are downloaded by "
                           "`python gpt.py generate`")
         model, tokenizer = gpt.GPT.from_pretrained(folder), gpt.load_tokenizer(folder)
-        for text, ids in (
-                ("Ondřej Čertík was born in",
-                 [1248, 5332, 287, 262, 7404, 286, 25370, 254, 368, 83, 6557, 81, 11])):
-            prompt = torch.tensor([tokenizer.encode(text)])
-            tokens = model.generate(prompt, len(ids), do_sample=False)
-            self.assertEqual(tokens[0, prompt.size(1):].tolist(), ids)
+        ids = [1248, 5332, 287, 262, 7404, 286, 25370, 254, 368, 83, 6557, 81, 11]
+        prompt = torch.tensor([tokenizer.encode("Ondřej Čertík was born in")])
+        tokens = model.generate(prompt, len(ids), do_sample=False)
+        self.assertEqual(tokens[0, prompt.size(1):].tolist(), ids)
         logits = model(torch.tensor([[15496]]))[0][0, 0, :4]
         assert_close(logits, torch.tensor([-35.236244, -35.326595, -38.975349, -39.390675]),
                      atol=1e-3, rtol=0)
@@ -1340,8 +1296,6 @@ class GenerateCommand(TemporaryFolder):
                 ("--top-k -1", "--top-k: -1 is not between 0 and"),
                 ("--top-p 1.1", "--top-p: 1.1 is not between 0 and 1"),
                 ("--temperature -1", "--temperature: -1 is not between 0 and"),
-                ("--temperature nan", "--temperature: nan is not between"),
-                ("--temperature inf", "--temperature: inf is not between"),
                 ("--num-samples 0", "--num-samples: 0 is not between 1 and"),
                 ("--max-new-tokens -1", "--max-new-tokens: -1 is not between"),
                 ("--greedy --top-k 3", "--greedy leaves nothing to"),
@@ -1479,11 +1433,6 @@ class Text(TemporaryFolder):
         train, val = self.tokenize()[2:]
         self.assertEqual([*train, *val], [*range(len(everything))])
 
-    def test_windows_are_consecutive_tokens(self):
-        tokens, starts = np.arange(100, dtype=np.uint16), np.array([0, 7, 91])
-        windows = gpt.windows(tokens, starts, 9)
-        identical(windows, torch.tensor([[0], [7], [91]]) + torch.arange(9))
-
     def test_tiny_shakespeare_is_downloaded_once_and_python_stands_in(self):
         asked = []
         server = serve(self, lambda handler, name: asked.append(name) or answer(handler, b"First"))
@@ -1572,18 +1521,6 @@ class Training(TemporaryFolder):
         self.assertEqual((status, err), (0, ""))
         return Path(out.splitlines()[-1].split(" -> ")[1]), out.splitlines()
 
-    def compute_in_float64(self):
-        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float64)
-
-    def test_accumulated_gradients_are_those_of_the_whole_batch(self):
-        self.compute_in_float64()
-        for flags in (["--out-dir", "whole"], ["--out-dir", "parts", "--grad-accum", 4]):
-            self.train("--max-steps", 2, "--batch-size", 16, *flags)
-        whole, parts = (torch.load(f"{run}/last.pt")["model"] for run in ("whole", "parts"))
-        assert_close(parts, whole, rtol=1e-10, atol=1e-10)
-        self.assertEqual(whole["ln_f.bias"].dtype, torch.float64)
-
     def test_a_run_learns_and_leaves_a_model_that_generates(self):
         run, lines = self.train("--max-steps", 60, "--eval-every", 25)
         self.assertEqual(run, Path("runs/gpt-text"))
@@ -1629,11 +1566,11 @@ class Training(TemporaryFolder):
         self.assertEqual(torch.load(run / "last.pt")["model"]["wte.weight"].shape[0], 320)
 
     @needs_transformers
-    @needs_references
     def test_ten_steps_are_those_of_transformers_with_torchs_adamw(self):
         import transformers
 
-        self.compute_in_float64()
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
         batches, losses = [], []
         load_model, forward = gpt.load_model, gpt.GPT.forward
 
@@ -1646,10 +1583,10 @@ class Training(TemporaryFolder):
 
         self.patch(gpt.GPT, "forward", remember)
         self.patch(gpt, "load_model", lambda *args: load_model(*args).double())
-        reference = REFERENCE_DIR / "gpt2_tiny"
-        run, _ = self.train("--init", reference, "--tokenizer", "char", "--max-steps", 10, "--lr",
+        write_hub_folder("hub", small_gpt(spread=0.1).float())
+        run, _ = self.train("--init", "hub", "--tokenizer", "char", "--max-steps", 10, "--lr",
                             1e-3, "--min-lr", 1e-3, "--warmup", 0, small=self.SMALL[:4])
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(reference).double()
+        theirs = transformers.GPT2LMHeadModel.from_pretrained("hub").double()
         groups = [{"params": [p for p in theirs.parameters() if p.dim() == dim],
                    "weight_decay": decay} for dim, decay in ((2, 0.1), (1, 0.0))]
         optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
@@ -1738,11 +1675,6 @@ class Training(TemporaryFolder):
 
 
 class Common(TemporaryFolder):
-    def test_seeds_of_neighbouring_epochs_and_runs_do_not_collide(self):
-        pairs = [*itertools.product(range(100), range(100))]
-        # torch's generator on the CPU takes the lowest 32 bits of a seed.
-        self.assertEqual(len({hash(pair) % 2**32 for pair in pairs}), len(pairs))
-
     def test_glyphs_are_the_same_every_time_and_of_all_digits(self):
         images, labels = DRAW_GLYPHS()
         self.assertEqual((images.shape, images.dtype), ((70_000, 1, 28, 28), torch.uint8))
@@ -1914,14 +1846,6 @@ class Datasets(TemporaryFolder):
                 for name in common.RAW_FILES}
 
     @needs_mnist
-    def test_mnist_is_read_whole(self):
-        data = common.load_mnist("auto", DATA_DIR, None, "cpu")
-        self.assertEqual((data.name, data.train.shape), ("mnist", (54_000, 1, 28, 28)))
-        self.assertEqual(data.test_labels[:5].tolist(), [7, 2, 1, 0, 4])
-        pixels = torch.cat([data.train, data.val])
-        self.assertAlmostEqual(pixels.float().mean().item(), 33.318, places=2)
-
-    @needs_mnist
     def test_damaged_image_files_are_an_error_and_never_a_reason_to_fall_back(self):
         shutil.copytree(DATA_DIR / "MNIST/raw", "data/MNIST/raw")
         path = Path("data/MNIST/raw/t10k-images-idx3-ubyte")
@@ -1954,7 +1878,8 @@ class Datasets(TemporaryFolder):
         for name, content in packed.items():
             Path("data/MNIST/raw", name).write_bytes(content)
         self.serve(lambda handler, name: handler.send_error(404), packed)
-        self.assertEqual(common.load_mnist("mnist", "data", None, "cpu").name, "mnist")
+        data = common.load_mnist("mnist", "data", None, "cpu")
+        self.assertEqual(data.test_labels[:5].tolist(), [7, 2, 1, 0, 4])
 
     def test_downloads_that_break_off_or_never_answer_leave_nothing_and_say_what_to_do(self):
         gone = threading.Event()
@@ -1981,11 +1906,6 @@ class Datasets(TemporaryFolder):
 
 
 # -- Runs of all three scripts ----------------------------------------------------------------
-
-# Processes are forked from one that has imported all this already.
-PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
-PROCESSES.set_forkserver_preload(["torch._dynamo", "aae", "gpt", "vae"])
-
 
 def run_apart(script, argv, kill_at=0, environment=None, dtype=torch.float32):
     """What a process does: run a script in this folder, and take its own life at the kill_at-th of
@@ -2031,8 +1951,10 @@ def computing_in(dtype):
 class Runs:
     """What each script does with its runs. A unit is what it saves after: an epoch, or 15 steps.
 
-    What subclasses give: `argv` of a quick run, and its backward passes a unit; `total`, the flag
-    of its length; half_argvs, of runs with 50 steps a unit; `fixed` flags, which --resume refuses;
+    What subclasses give: their module; argv of a quick run, steps, its backward passes per unit,
+    and total, the flag for its length; half_argvs, of runs with 50 steps per unit, loss, the column
+    by which they are compared, and scale, the scaler's first; rates, flags of learning rates;
+    fixed, flags that --resume refuses; bad_values and overflows, flags and what is said of them;
     compiled(), the functions that --compile wraps, and arguments for them.
     """
 
@@ -2098,7 +2020,8 @@ class Runs:
         for run in ("whole", "killed"):
             self.train(2, "--out-dir", run)
         self.resume("whole", *self.length(5))
-        # A start, a step, a step of the next unit, a step, and among a unit's last writes
+        # Counted are two calls for each file that is written, and the backward passes. A start, a
+        # step, a step of the next unit, a step, and among a unit's last writes:
         for instant in (3, 12, self.steps + 15, 9, self.steps + 9):
             extension = self.length(5) if instant == 3 else []
             process = start(self.module.__name__, [
@@ -2134,11 +2057,6 @@ class Runs:
         key, total = self.total[2:].replace("-", "_"), self.length(4)[1]
         self.assertEqual(json.loads(Path("a/args.json").read_text())[key], total)
         self.assertEqual(torch.load("a/last.pt")["args"][key], total)
-
-    def test_a_second_run_gets_a_folder_of_its_own_and_the_same_weights(self):
-        for _ in range(2):
-            self.train(1, "--out-dir", "a")
-        self.assert_the_same_run("a", "a-2")
 
     def test_what_cannot_be_resumed_is_refused(self):
         self.train(1, "--out-dir", "a")
@@ -2179,9 +2097,9 @@ class Runs:
             status, _, err = self.call(*self.argv, *flags.split(), "--out-dir", f"run{i}")
             self.assertEqual(status, 2)
             self.assertRegex(err.splitlines()[-1], f"^{self.module.__name__}.py: error: {saying}")
-            saved = Path(f"run{i}/last.pt")  # gpt.py saves the untrained model
-            self.assertEqual(saved.exists() and len(torch.load(saved)["rows"]),
-                             self.module is gpt)
+            saved = Path(f"run{i}/last.pt")
+            self.assertEqual(saved.exists(), self.module is gpt)  # which saves the untrained model
+            self.assertLessEqual(saved.exists() and len(torch.load(saved)["rows"]), 1)
 
     def test_float16_and_bfloat16_learn_as_float32_does_and_the_scaler_is_resumed(self):
         for i, argv in enumerate(self.half_argvs):
@@ -2295,6 +2213,7 @@ class VAERuns(ImageRuns, TemporaryFolder):
     argv = [*ImageRuns.argv, "--num-filters", 4]
     half_argvs = [[*ImageRuns.half, "--num-filters", 4]]
     bad_values, fixed = ImageRuns.image_values, [("--z-dim", 3), ("--dataset", "kmnist")]
+    # Of 3 steps, noticed when the run is saved, and of 75, noticed when the bar reads the loss
     overflows = [("--epochs 1 --lr 4e9 --batch-size 100", "the weights are no longer finite"),
                  ("--epochs 1 --lr 4e9 --batch-size 4", "the loss is not finite at step 50")]
     pictures = [(f"--z-dim {z_dim}", f"vae-z{z_dim}", f"best.pt bpd.png reconstructions.png {own} "
@@ -2359,8 +2278,7 @@ class AAERuns(ImageRuns, TemporaryFolder):
         for flags, expected in (("", {"encoder", "decoder", "discriminator"}),
                                 ("--d-lr 0", {"encoder", "decoder"}),
                                 ("--ae-lr 0", {"discriminator"}),
-                                ("--lam 1", {"encoder", "decoder"}),
-                                ("--lam 0 --d-lr 0", {"encoder", "decoder"})):
+                                ("--lam 1", {"encoder", "decoder"})):
             self.train(1, *flags.split(), "--out-dir", "a")
             last = torch.load("a/last.pt")["model"]
             moved = {name.split(".")[0] for name in start
@@ -2395,7 +2313,6 @@ class TwoProcesses(TemporaryFolder):
     def setUp(self):
         super().setUp()
         write_text("text.txt")
-        torch.save(torch.zeros(1), "glyphs.pt")
 
     def run_in(self, size, *argv, kills=(0, 0), dtype=torch.float32):
         """-> the exit codes of `size` processes; each takes its own life at its instant of `kills`
