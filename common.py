@@ -1,4 +1,4 @@
-"""What the scripts share and no model owns: the command line, device, images in memory, the run's
+"""What the scripts share and no model owns: the command line, device, optimizer, images, the run's
 folder and its checkpoints, pictures. Nothing here is about a model: read vae.py first, and come
 back for a name that it does not define."""
 
