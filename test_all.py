@@ -975,10 +975,11 @@ def serve_hub(test, model, name="openai-community/gpt2", broken=None, wait=lambd
     own_files(folder=hub / name)
 
     def respond(handler, file):
-        asked.append(handler.path[1:].replace("/resolve/main", ""))
-        if not (hub / asked[-1]).is_file():
-            return handler.send_error(404 if (hub / asked[-1]).parent.is_dir() else 401)
-        content = (hub / asked[-1]).read_bytes()
+        path = handler.path[1:].replace("/resolve/main", "")
+        asked.append(path)
+        if not (hub / path).is_file():
+            return handler.send_error(404 if (hub / path).parent.is_dir() else 401)
+        content = (hub / path).read_bytes()
         answer(handler, content[:50], len(content))
         if file == "model.safetensors":
             wait()
