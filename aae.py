@@ -413,10 +413,6 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = AdversarialAE(args.z_dim, args.posterior)
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    functions = [model, model.autoencoder_loss, model.discriminator_loss]
-    if args.compile and common.can_compile(device):  # the same weights; a graph per batch size
-        functions = [torch.compile(function, dynamic=False) for function in functions]
-    forward, autoencoder_loss, discriminator_loss = functions
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
     # Muon for matrices and kernels, AdamW for biases
     ae_optimizers = [
@@ -439,6 +435,12 @@ def main(argv=None):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
+    # The rates, as tensors: a CUDA graph reads them anew at each step.
+    ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
+    for optimizer in (*ae_optimizers, d_optimizer):
+        for group in optimizer.param_groups:
+            group.update(lr=d_lr if optimizer is d_optimizer else ae_lr,
+                         capturable=device.type == "cuda")
     run = common.open_run(args, state, name, len(rows))
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
@@ -452,6 +454,37 @@ def main(argv=None):
         draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
+    names = ["train_mse", "gen_loss", "disc_loss", "disc_accuracy"][:4 if adversarial else 1]
+
+    def train_step(indices):  # a function, so that a GPU can record it
+        x = to_float(data.train[indices])  # [B, 1, 28, 28]
+        # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
+        # The paper does this in two separate steps, and trains the discriminator between them.
+        # Here, as in the practical, it is one step. It comes first, so that the discriminator can
+        # learn from the same codes z.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            recon, z = model(x)
+            loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
+        # Gradients pass through the discriminator, but only `inputs` get a .grad.
+        scaler.scale(loss).backward(inputs=autoencoder)
+        for optimizer in ae_optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        losses = [rec]
+
+        # -- Phase 2, discriminator: tell these codes from draws of the prior -----------------
+        if adversarial:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                disc, accuracy = model.discriminator_loss(z.detach())
+            scaler.scale(disc).backward()
+            scaler.step(d_optimizer)
+            d_optimizer.zero_grad()
+            losses += [gen, disc, accuracy]
+        scaler.update()
+        return torch.stack(losses).detach()
+
+    if device.type == "cuda" and not scaler.is_enabled():  # a scaler waits for the device
+        train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same
         # as one that was never stopped. (The hash of integers is the same in every process.)
@@ -466,44 +499,17 @@ def main(argv=None):
             # extended, they go up again, to their place in the longer schedule.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             scale = min(progress / 0.1, (1 - progress) / 0.9)
-            for optimizer in ae_optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.ae_lr * scale
-            d_optimizer.param_groups[0]["lr"] = args.d_lr * scale
-            x = to_float(data.train[indices])  # [B, 1, 28, 28]
-
-            # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator --------
-            # The paper does this in two separate steps, and trains the discriminator between
-            # them. Here, as in the practical, it is one step. It comes first, so that the
-            # discriminator can learn from the same codes z.
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                recon, z = forward(x)
-                loss, rec, gen = autoencoder_loss(x, recon, z, args.lam)
-            # Gradients pass through the discriminator, but only `inputs` get a .grad.
-            scaler.scale(loss).backward(inputs=autoencoder)
-            for optimizer in ae_optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad()
-            losses = {"train_mse": rec}
-
-            # -- Phase 2, discriminator: tell these codes from draws of the prior -------------
-            if adversarial:
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    disc, accuracy = discriminator_loss(z.detach())
-                scaler.scale(disc).backward()
-                scaler.step(d_optimizer)
-                d_optimizer.zero_grad()
-                losses |= {"gen_loss": gen, "disc_loss": disc, "disc_accuracy": accuracy}
-            scaler.update()
-
-            sums += torch.stack([*losses.values()]).detach() * len(x)
+            ae_lr.fill_(args.ae_lr * scale)
+            d_lr.fill_(args.d_lr * scale)
+            losses = train_step(indices)
+            sums += losses * len(indices)
             if step % 50 == 49:  # not each time: to read a loss is to wait for the device
-                bar.set_postfix_str(f"mse {rec.item():.4f}")
-                if not sums.isfinite().all():  # (weights are checked in save_checkpoint)
+                bar.set_postfix_str(f"mse {losses[0].item():.4f}")
+                if not losses.isfinite().all():  # (weights are checked in save_checkpoint)
                     raise common.UserError(
                         f"a loss is not finite at step {step + 1}: start again with a lower "
                         f"--ae-lr or --d-lr ({run} holds what was saved)")
-        train = dict(zip(losses, (sums / len(data.train)).tolist(), strict=True))
+        train = dict(zip(names, (sums / len(data.train)).tolist(), strict=True))
         train_seconds = time.perf_counter() - began
         val_mse, codes = evaluate(model, data.val)
         seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # cumulative

@@ -3,6 +3,7 @@ folder and its checkpoints, pictures. Nothing here is about a model: read vae.py
 back for a name that it does not define."""
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import io
@@ -87,7 +88,6 @@ def add_run_arguments(parser, batch_size=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="auto takes cuda, else mps, else cpu")
     add("--no-amp", action="store_true", help="no autocast to 16 bits (only CUDA has one)")
-    add("--compile", action="store_true", help="torch.compile; on a CPU it brought no speed")
     add("--data-dir", default="data", metavar="DIR", help="where the data is or is downloaded to")
     add("--out-dir", metavar="DIR", help="the run's folder, if not one in runs/; gets a suffix "
         "where it already holds something")
@@ -143,15 +143,30 @@ def pick_device(name, amp):
     return torch.device(name), dtype
 
 
-def can_compile(device):
-    """Whether torch.compile works here; if not, say so in a warning."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-        return True
-    except Exception as error:  # no C++ compiler, an old GPU, ...: each raises its own
-        print(f"warning: --compile does not work here ({str(error).strip().splitlines()[0]}); "
-              "going on without it", file=sys.stderr)
-        return False
+def cuda_graph(step):
+    """A small network's step is hundreds of kernels, which take longer to launch one by one than to
+    compute. Record `step` as a CUDA graph, which launches them all at once. -> a function that does
+    the same; the tensors that it returns are overwritten by its next call
+
+    step: a function of one CUDA tensor that never waits for the device, and returns tensors without
+    gradients. What else it reads and changes has to be CUDA tensors, too, always the same ones.
+    """
+    calls, graphs = collections.Counter(), {}  # by the shape of x
+
+    def replay(x):
+        calls[x.shape] += 1
+        if calls[x.shape] <= 3:  # optimizers make their state, and libraries choose their kernels
+            return step(x)
+        if x.shape not in graphs:
+            graph, own_x = torch.cuda.CUDAGraph(), x.clone()
+            with torch.cuda.graph(graph):  # records, and computes nothing
+                result = step(own_x)
+            graphs[x.shape] = graph, own_x, result
+        graph, own_x, result = graphs[x.shape]
+        own_x.copy_(x)
+        graph.replay()
+        return result
+    return replay
 
 
 # -- An optimizer -----------------------------------------------------------------------------
@@ -189,7 +204,7 @@ class Muon(torch.optim.Optimizer):
             scale = 0.2 * math.sqrt(max(gradients.shape[1:]))
             for weight, update in zip(weights, updates, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"])
-                weight.add_(update.view(weight.shape), alpha=-lr * scale)
+                weight.sub_(lr * scale * update.view(weight.shape))
 
 
 def orthogonalize(matrices):

@@ -43,6 +43,7 @@ import math
 import mmap
 import numbers
 import os
+import random
 import re
 import shlex
 import shutil
@@ -447,6 +448,17 @@ def flops_per_token(model):
     return 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
 
 
+def can_compile(device):
+    """Whether torch.compile works here; if not, say so in a warning."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # no C++ compiler, an old GPU, ...: each raises its own
+        print(f"warning: --compile does not work here ({str(error).strip().splitlines()[0]}); "
+              "going on without it", file=sys.stderr)
+        return False
+
+
 def process():
     """-> the rank of this process and how many there are: (0, 1) without torchrun"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -517,7 +529,7 @@ RECIPES = {
     "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 8,
             "dropout": 0.0, "max_steps": 3000, "eval_every": 600},
     "cuda": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
-             "dropout": 0.2, "max_steps": 5000, "eval_every": 250},
+             "dropout": 0.2, "max_steps": 2000, "eval_every": 200},
     "init": {"batch_size": 4, "dropout": 0.0, "max_steps": 100, "eval_every": 25},
 }
 RATES = {"adamw": 0.4, "muon": 0.9}  # divided by n_embd: the highest learning rate
@@ -558,9 +570,11 @@ def train_arguments(argv):
         f"muon, {RATES['adamw']} / n_embd with adamw, 5e-05 for init)")
     add("--min-lr", type=number(float, 0), default=0.0, help="learning rate at the end")
     add("--warmup", type=number(int, 0), metavar="STEPS", help="in which the rate rises (a "
-        "twentieth of max-steps)")
+        "hundredth of max-steps)")
     add("--weight-decay", type=number(float, 0), default=0.1, help="of matrices and embeddings")
     add("--grad-clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
+    add("--compile", action="store_true", help="torch.compile: minutes of preparation, then faster "
+        "steps on a GPU; on a CPU it brought no speed")
     common.add_run_arguments(parser)
     args, state = common.parse_args(parser, argv, may_change={
         "text", "max_steps", "eval_every", "eval_tokens", "lr", "min_lr", "warmup", "grad_accum"})
@@ -618,7 +632,7 @@ def train(argv):
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.optimizer = args.optimizer or ("adamw" if args.defaults == "init" else "muon")
-        args.warmup = args.max_steps // 20 if args.warmup is None else args.warmup
+        args.warmup = args.max_steps // 100 if args.warmup is None else args.warmup
 
     # -- Processes ----------------------------------------------------------------------------
     size, local_rank = (int(os.environ.get(name, default))
@@ -691,10 +705,10 @@ def train(argv):
         [{"params": matrices[:first]}, {"params": vectors, "weight_decay": 0.0}],
         args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)}
     if args.optimizer == "muon":
-        optimizers["muon"] = common.Muon(matrices[first:], args.lr, args.weight_decay)
+        optimizers["muon"] = common.Muon(matrices[first:], args.lr, args.weight_decay, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     net = model  # or a view of it: compiled, or averaging the gradients of all processes
-    if args.compile and common.can_compile(device):
+    if args.compile and can_compile(device):
         net = torch.compile(net, dynamic=False)
     if size > 1:
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -707,6 +721,11 @@ def train(argv):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
+    # One rate for all groups, as a tensor: a CUDA graph reads it anew at each step.
+    lr = torch.zeros((), device=device)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group.update(lr=lr, capturable=device.type == "cuda")
     heading = (f"GPT on {path.name}, "
                f"{'characters' if isinstance(tokenizer, CharTokenizer) else 'GPT-2 tokens'}")
     done = rows[-1]["step"] if rows else 0
@@ -728,8 +747,34 @@ def train(argv):
     # -- Training -----------------------------------------------------------------------------
     tokens_per_step = args.batch_size * T
     part_size = args.batch_size // (args.grad_accum * size)
+    offset = random.Random(args.seed).random()  # the first window's place in the text, 0 to 1
     evaluations = [step for step in (*range(0, args.max_steps, args.eval_every), args.max_steps)
                    if not rows or step > done]
+
+    def train_step(batch):  # [B / size, T + 1]; a function, so that a GPU can record it
+        loss = torch.zeros((), device=device)
+        for i, part in enumerate(batch.split(part_size), 1):
+            # DDP averages over the processes in backward(): only with the last part.
+            average = size == 1 or i == args.grad_accum
+            with contextlib.nullcontext() if average else net.no_sync():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        for optimizer in optimizers.values():
+            # Where float16 overflowed, no optimizer makes its step.
+            if not scaler.is_enabled() or norm.isfinite():
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        return torch.stack([loss, norm.nan_to_num(0, posinf=0), norm.isfinite().float()])
+
+    # Not with a scaler, which waits for the device, and not with several processes
+    if device.type == "cuda" and size == 1 and not scaler.is_enabled():
+        train_step = common.cuda_graph(train_step)
     for end in evaluations:  # the first, before any step, is at 0
         began, steps = time.perf_counter(), end - done
         torch.manual_seed(hash((args.seed, done, rank)))  # for dropout, the same in a resumed run
@@ -737,40 +782,18 @@ def train(argv):
         bar = tqdm(range(done, end), f"step {end}/{args.max_steps}", unit=" tok",
                    unit_scale=tokens_per_step, leave=False, disable=rank > 0 or None)
         for step in bar:
-            lr = learning_rate(step, args)
-            for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-            # The step's windows begin anywhere in the text. They depend on seed and step alone;
-            # each process takes its share of them.
-            generator = torch.Generator().manual_seed(hash((args.seed, step)))
-            starts = torch.randint(len(train_tokens) - T, (args.batch_size,), generator=generator)
-            batch = windows(train_tokens, starts.chunk(size)[rank].numpy(), T + 1)
+            lr.fill_(learning_rate(step, args))
+            # The windows of all steps cover the text evenly, as the multiples of the golden ratio
+            # modulo 1 do an interval (Weyl, 1916). Each process takes its share of a step's.
+            i = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
+            starts = (offset + (1 + 5**0.5) / 2 * i) % 1 * (len(train_tokens) - T)
+            batch = windows(train_tokens, np.split(starts.astype(np.int64), size)[rank], T + 1)
             if device.type == "cuda":
                 batch = batch.pin_memory()  # or the copy would wait for the device
-            batch = batch.to(device, non_blocking=True)  # [B / size, T + 1]
-            loss = torch.zeros((), device=device)
-            for i, part in enumerate(batch.split(part_size), 1):
-                # DDP averages over the processes in backward(): only with the last part.
-                average = size == 1 or i == args.grad_accum
-                with contextlib.nullcontext() if average else net.no_sync():
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
-                    scaler.scale(part_loss).backward()
-                loss += part_loss.detach()
-            for optimizer in optimizers.values():
-                scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-            for optimizer in optimizers.values():
-                # Where float16 overflowed, no optimizer makes its step.
-                if not scaler.is_enabled() or norm.isfinite():
-                    scaler.step(optimizer)
-                optimizer.zero_grad()
-            scaler.update()
-
-            sums += torch.stack([loss, norm.nan_to_num(0, posinf=0), norm.isfinite().float()])
+            figures = train_step(batch.to(device, non_blocking=True))
+            sums += figures
             if step % 50 == 49:  # not each time: to read the loss is to wait for the device
-                bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}")
+                bar.set_postfix_str(f"loss {figures[0]:.3f} lr {lr:.1e} norm {figures[1]:.2f}")
                 check_finite(add_up(sums[0].clone()).item(), step + 1, rank)
         sum_of_losses, norms, finite = (add_up(sums) / size).tolist()  # waits for the device
         elapsed = time.perf_counter() - began
