@@ -6,9 +6,9 @@
     min_{E,R}  lambda mean_x |x - R(E(x))|^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
 
-    |.|^2 is the squared error averaged over the pixels, a few hundredths in a trained model. In
-    training the encoder minimises -log D(E(x)) in place of the last term: ln 2 = 0.69 where D can
-    only guess. So lambda has to be close to 1 for the reconstruction to count.
+    |.|^2 is the squared error averaged over the pixels. The encoder is trained with -log D(E(x))
+    instead of the last term. Where D can only guess this is ln 2 = 0.69, while the squared error of
+    a trained model is a few hundredths. So only a lambda close to 1 gives it weight.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                a plain autoencoder
@@ -101,15 +101,15 @@ class Encoder(nn.Module):
         if self.posterior == "universal":
             noise = torch.randn(len(h), self.noise_dim, device=h.device, dtype=h.dtype)
             h = torch.cat([h, noise], 1)
-        z = at_least_float32(self.out(h))
-        if self.posterior == "gaussian":
-            mean, log_std = z.chunk(2, dim=1)  # [B, z_dim] each
-            # The log std is bounded to -5..5, so that its exp cannot overflow; smoothly, as clamp
-            # would leave no gradient to a value that once got outside. Q2.7: noise costs
-            # reconstruction, so the encoder makes the std as small as it can. At 20 dimensions it
-            # is e^-5 = 0.007 after 5 epochs, and with bounds of -10..10 it is 0.0002.
-            z = mean + torch.exp(5 * torch.tanh(log_std / 5)) * torch.randn_like(mean)
-        return z
+        out = at_least_float32(self.out(h))
+        if self.posterior != "gaussian":
+            return out
+        mean, log_std = out.chunk(2, dim=1)  # [B, z_dim] each
+        # The log std is bounded to -5..5, so that its exp cannot overflow; smoothly, as clamp would
+        # leave no gradient to a value that once got outside. Q2.7: noise costs reconstruction, so
+        # the encoder makes the std as small as it can. At 20 dimensions it is e^-5 = 0.007 after 5
+        # epochs, and with bounds of -10..10 it is 0.0002.
+        return mean + torch.exp(5 * torch.tanh(log_std / 5)) * torch.randn_like(mean)
 
 
 class Decoder(nn.Module):
@@ -261,9 +261,9 @@ def times_the_floor(distance, codes, repeats=5):
     codes = codes.double().cpu()  # in float64, without the rounding of TF32
     # Not evaluate's seed 0: a stochastic encoder's noise would be the same numbers.
     torch.manual_seed(1)
-    pairs = torch.randn(repeats, 2, *codes.shape).double()
-    return (sum(distance(codes, draws) for draws, _ in pairs)
-            / sum(distance(others, draws) for draws, others in pairs))
+    draws, others = torch.randn(repeats, 2, *codes.shape).double().unbind(1)
+    return (sum(distance(codes, b) for b in draws)
+            / sum(distance(a, b) for a, b in zip(others, draws, strict=True)))
 
 
 @torch.no_grad()
@@ -303,9 +303,10 @@ def test_figures(model, data):
     # a little differently. The codes of validation images show the match better.
     for part, z in (("val", evaluate(model, data.val)[1]), ("test", codes)):
         figures[f"{part}_sliced_wasserstein"] = times_the_floor(sliced_wasserstein, z)
-        # The MMD's time grows with N^2, so only every fourth code. (Not the first quarter, as
-        # MNIST's test images are sorted by groups of writers.)
-        figures[f"{part}_mmd"] = times_the_floor(maximum_mean_discrepancy, z[::4])
+        # The MMD's time grows with N^2, so of many codes only every fourth. (Not the first
+        # quarter, as MNIST's test images are sorted by groups of writers.)
+        few = z[::4] if len(z) > 1000 else z
+        figures[f"{part}_mmd"] = times_the_floor(maximum_mean_discrepancy, few)
     print("codes to the prior, in multiples of the distance between two sets of its draws: sliced "
           "Wasserstein {val_sliced_wasserstein:.2f} val {test_sliced_wasserstein:.2f} test | MMD "
           "{val_mmd:.2f} val {test_mmd:.2f} test".format(**figures))
@@ -327,9 +328,9 @@ def test_figures(model, data):
 
 
 @torch.no_grad()
-def draw_pictures(model, images, labels, codes, run, heading, epoch):
+def draw_pictures(model, images, labels, codes, run, heading, epoch, split="validation"):
     """Samples, reconstructions of one image of each label (Q2.4 to Q2.7), and the `codes`
-    [N, z_dim] of all `images` beside the prior."""
+    [N, z_dim] of the split's images beside the prior."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_image(run / f"samples_epoch_{epoch:03d}.png",
                       common.tile((model.sample(64) + 1) / 2, 8),
@@ -338,7 +339,7 @@ def draw_pictures(model, images, labels, codes, run, heading, epoch):
     pairs = (torch.cat([originals, model(originals)[0]]) + 1) / 2
     common.save_image(run / f"reconstructions_epoch_{epoch:03d}.png",
                       common.tile(pairs, len(originals)),
-                      f"{heading}\noriginals and reconstructions after {epoch} epochs")
+                      f"{heading}\n{split} images and reconstructions after {epoch} epochs")
     codes = codes.cpu()
     if model.z_dim == 2:
         z = common.prior_grid(20).to(images.device)
@@ -346,16 +347,16 @@ def draw_pictures(model, images, labels, codes, run, heading, epoch):
                           common.tile((model.decoder(z) + 1) / 2, 20, gap=0),
                           f"{heading}\nwhat the decoder makes of the prior's percentiles")
         common.save_scatter(run / "codes.png", codes, labels, f"{heading}\ncodes of "
-                            f"{len(codes):,} images; circles: 1, 2, 3 sigma of the prior")
+                            f"{len(codes):,} {split} images; circles: 1, 2, 3 sigma of the prior")
         return
     shown, reach = min(model.z_dim, 20), max(4, codes.abs().max().item())
-    grid = math.ceil(shown / 4), min(shown, 4)  # rows and columns
+    rows, columns = math.ceil(shown / 4), min(shown, 4)
     z = torch.linspace(-reach, reach, 200)
     density = torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi)
-    title = f"{heading}\ncodes of {len(codes):,} images; line: the prior"
-    with common.picture(run / "codes.png", 2.5 * grid[1] + 1, 1.7 * grid[0] + 0.7, title) as figure:
+    title = f"{heading}\ncodes of {len(codes):,} {split} images; line: the prior"
+    with common.picture(run / "codes.png", 2.5 * columns + 1, 1.7 * rows + 0.7, title) as figure:
         for i in range(shown):
-            axes = figure.add_subplot(*grid, i + 1, yticks=[])
+            axes = figure.add_subplot(rows, columns, i + 1, yticks=[])
             axes.hist(codes[:, i].numpy(), bins=60, range=(-reach, reach), density=True)
             axes.plot(z, density, "k", linewidth=1)
             axes.set_ylim(0, 0.6)  # 1.5 times the prior's peak
@@ -381,7 +382,7 @@ def main(argv=None):
     # -- Arguments, device and data -----------------------------------------------------------
     parser = argparse.ArgumentParser(
         prog="aae.py", description="Train an adversarial autoencoder on MNIST.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False, formatter_class=common.HelpFormatter)
     parser.add_argument("--z-dim", type=common.number(int, 1), default=8, help="latent dimensions")
     parser.add_argument("--posterior", choices=POSTERIORS, default="deterministic",
                         help="what the encoder makes of an image: a code, a Gaussian to draw it "
@@ -414,14 +415,13 @@ def main(argv=None):
     model = AdversarialAE(args.z_dim, args.posterior)
     model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
     autoencoder = [*model.encoder.parameters(), *model.decoder.parameters()]
-    # Muon for matrices and kernels, AdamW for biases
-    ae_optimizers = [
+    ae_optimizers = [  # as in vae.py
         common.Muon([p for p in autoencoder if p.dim() > 1], args.ae_lr, weight_decay=0.1),
         torch.optim.AdamW([p for p in autoencoder if p.dim() == 1], args.ae_lr, betas=(0.9, 0.99),
-                          fused=True)]
+                          fused=True, capturable=True)]  # capturable: by common.cuda_graph
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
-                                   betas=(0.5, 0.99), fused=True)
+                                   betas=(0.5, 0.99), fused=True, capturable=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     adversarial = args.lam < 1
     rows = []  # one per epoch
@@ -435,12 +435,13 @@ def main(argv=None):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    # The rates, as tensors: a CUDA graph reads them anew at each step.
+    # The learning rates are tensors, which each step fills and a CUDA graph reads. They are put in
+    # here, as load_state_dict puts in copies.
     ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
-    for optimizer in (*ae_optimizers, d_optimizer):
+    for optimizer in ae_optimizers:
         for group in optimizer.param_groups:
-            group.update(lr=d_lr if optimizer is d_optimizer else ae_lr,
-                         capturable=device.type == "cuda")
+            group["lr"] = ae_lr
+    d_optimizer.param_groups[0]["lr"] = d_lr
     run = common.open_run(args, state, name, len(rows))
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
@@ -454,14 +455,16 @@ def main(argv=None):
         draw_pictures(model, data.val, data.val_labels, codes, run, heading, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
-    names = ["train_mse", "gen_loss", "disc_loss", "disc_accuracy"][:4 if adversarial else 1]
+    names = ["train_mse"]  # of what train_step returns
+    if adversarial:
+        names += ["gen_loss", "disc_loss", "disc_accuracy"]
 
-    def train_step(indices):  # a function, so that a GPU can record it
+    def train_step(indices):  # in the form that common.cuda_graph takes
         x = to_float(data.train[indices])  # [B, 1, 28, 28]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # The paper does this in two separate steps, and trains the discriminator between them.
-        # Here, as in the practical, it is one step. It comes first, so that the discriminator can
-        # learn from the same codes z.
+        # In the paper these are two steps, between which the discriminator is trained. Here, as in
+        # the practical, they are one, and come first, so that the discriminator can learn from the
+        # same codes z.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -483,11 +486,11 @@ def main(argv=None):
         scaler.update()
         return torch.stack(losses).detach()
 
-    if device.type == "cuda" and not scaler.is_enabled():  # a scaler waits for the device
+    if device.type == "cuda" and not scaler.is_enabled():  # a scaler reads numbers back
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same
-        # as one that was never stopped. (The hash of integers is the same in every process.)
+        # as one that was never stopped. (The hash of two integers is the same in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
         sums = 0  # of the losses over the epoch's images
@@ -509,13 +512,13 @@ def main(argv=None):
                     raise common.UserError(
                         f"a loss is not finite at step {step + 1}: start again with a lower "
                         f"--ae-lr or --d-lr ({run} holds what was saved)")
-        train = dict(zip(names, (sums / len(data.train)).tolist(), strict=True))
+        means = dict(zip(names, (sums / len(data.train)).tolist(), strict=True))
         train_seconds = time.perf_counter() - began
         val_mse, codes = evaluate(model, data.val)
         seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # cumulative
         moments = code_moments(codes)
         rows.append({"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
-                     "images_per_s": round(len(data.train) / train_seconds), **train,
+                     "images_per_s": round(len(data.train) / train_seconds), **means,
                      "val_mse": val_mse, **moments})
         common.save_checkpoint(run / "last.pt", {
             "model": model.state_dict(),
@@ -523,9 +526,11 @@ def main(argv=None):
             "d_optimizer": d_optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows,
             "args": vars(args)})
         common.write_json(run / "metrics.jsonl", *rows)
-        players = ("gen {gen_loss:.3f} disc {disc_loss:.3f} accuracy {disc_accuracy:.3f} | "
-                   .format(**train) if adversarial else "")
-        print(f"epoch {epoch:3d}/{args.epochs} | train {train['train_mse']:.4f} | "
+        players = ""
+        if adversarial:
+            players = (f"gen {means['gen_loss']:.3f} disc {means['disc_loss']:.3f} "
+                       f"accuracy {means['disc_accuracy']:.3f} | ")
+        print(f"epoch {epoch:3d}/{args.epochs} | train {means['train_mse']:.4f} | "
               f"val {val_mse:.4f} | {players}{MOMENTS.format(**moments)} | "
               f"{rows[-1]['images_per_s'] / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
         if epoch in (1, 2, 5) or epoch % 10 == 0:
@@ -534,8 +539,7 @@ def main(argv=None):
 
     # -- The last model on the test images ----------------------------------------------------
     figures, codes = test_figures(model, data)
-    draw_pictures(model, data.test, data.test_labels, codes, run, f"{heading}, test images",
-                  len(rows))
+    draw_pictures(model, data.test, data.test_labels, codes, run, heading, len(rows), "test")
     draw_curves(rows, run, heading, test=figures["test_mse"])
     common.close_run(args, run, rows, figures | {"epoch": len(rows), "device": str(device)},
                      len(rows))

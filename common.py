@@ -48,18 +48,26 @@ def command(script):
         if not isinstance(error, UserError):
             if not re.search("out of memory|allocate memory|not enough memory", message):
                 raise
-            message = ("there is not enough memory: choose a smaller model or --batch-size "
-                       f"({message.splitlines()[0]})")
+            message = ("there is not enough memory: choose a smaller model, or fewer images or "
+                       f"texts at once ({message.splitlines()[0]})")
         print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{script}: stopped; --resume with the run's folder goes on from the last "
-              "checkpoint", file=sys.stderr)
+        print(f"\n{script}: stopped; to go on with a training from its last checkpoint, pass "
+              "--resume and its folder", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which would fail: point it at the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help shows defaults, but not those that are None or False."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def number(kind, low, high=2**32 - 1):
@@ -95,7 +103,7 @@ def add_run_arguments(parser, batch_size=None):
         "nothing left to train, print its test figures")
     # load_checkpoint compares this: runs of another script, or of a version of this project whose
     # checkpoints hold something else, cannot be resumed.
-    parser.set_defaults(script=f"{parser.prog}, format 3")
+    parser.set_defaults(script=f"{parser.prog}, format 4")
 
 
 def parse_args(parser, argv, may_change):
@@ -113,7 +121,7 @@ def parse_args(parser, argv, may_change):
     state = load_checkpoint(Path(args.resume, "last.pt"), args.script)
     parser.set_defaults(**state["args"])
     args = parser.parse_args(argv)
-    may_change = {"resume", "device", "no_amp", "compile", "data_dir", *may_change}
+    may_change = {"resume", "device", "no_amp", "data_dir", *may_change}
     for name, value in state["args"].items():
         if name not in may_change and getattr(args, name) != value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit the "
@@ -129,6 +137,7 @@ def pick_device(name, amp):
 
     Raises UserError where the device that `name` asks for is not there.
     """
+    # In the order that "auto" prefers
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                 "cpu": True}
     if name == "auto":
@@ -144,18 +153,19 @@ def pick_device(name, amp):
 
 
 def cuda_graph(step):
-    """A small network's step is hundreds of kernels, which take longer to launch one by one than to
-    compute. Record `step` as a CUDA graph, which launches them all at once. -> a function that does
-    the same; the tensors that it returns are overwritten by its next call
+    """-> a faster `step`: its kernels are recorded for each shape of x, and from then on launched
+    all at once. (A small network's step is hundreds of kernels, which take longer to launch one by
+    one than to compute.) The tensor that it returns is overwritten by its next call.
 
-    step: a function of one CUDA tensor that never waits for the device, and returns tensors without
-    gradients. What else it reads and changes has to be CUDA tensors, too, always the same ones.
+    step(x), x on CUDA, must not read a value back, as .item() and .cpu() do. What it keeps between
+    calls (weights, optimizers' state, the learning rate) has to be CUDA tensors that it changes in
+    place; numbers and branches of Python stay as recorded. Gradients are made and dropped in it.
     """
     calls, graphs = collections.Counter(), {}  # by the shape of x
 
     def replay(x):
         calls[x.shape] += 1
-        if calls[x.shape] <= 3:  # optimizers make their state, and libraries choose their kernels
+        if calls[x.shape] <= 3:  # first, optimizers make their state, and libraries get ready
             return step(x)
         if x.shape not in graphs:
             graph, own_x = torch.cuda.CUDAGraph(), x.clone()
@@ -250,7 +260,7 @@ def load_mnist(dataset, data_dir, limit, device):
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(42))
     train, val, test = order[:54_000], order[54_000:], torch.arange(60_000, 70_000)
     if limit:
-        few = max(1, limit // 10)
+        few = max(2, limit // 10)  # a distribution needs two
         train, val, test = train[:limit], val[:few], test[:few]
     return SimpleNamespace(name=name, train=images[train].to(device), val=images[val].to(device),
                            val_labels=labels[val], test=images[test].to(device),

@@ -11,7 +11,7 @@ Multitask Learners"; the Transformer is Vaswani et al., 2017, arXiv:1706.03762).
     python gpt.py train                  a small model from scratch, on tiny Shakespeare
     python gpt.py train --init gpt2 --text my.txt
                                          OpenAI's GPT-2, trained further on a text of yours
-    torchrun --nproc-per-node=8 gpt.py train --text my.txt --tokenizer gpt2 --size gpt2
+    torchrun --nproc-per-node=8 gpt.py train --text my.txt --tokenizer gpt2 --size gpt2 ...
                                          a model of GPT-2's size from scratch, on eight GPUs
     python gpt.py generate --prompt "Yesterday I went to the" --num-samples 10
                                          ten texts by OpenAI's GPT-2
@@ -20,12 +20,12 @@ Multitask Learners"; the Transformer is Vaswani et al., 2017, arXiv:1706.03762).
 
 A run's folder holds its best model in the layout of the Hugging Face hub (config.json,
 model.safetensors, vocab.json, merges.txt), so transformers can load it; and args.json,
-metrics.jsonl, last.pt to resume from, loss.png, test.json and samples. The text's tokens are kept
-beside the folder, for the next run.
+metrics.jsonl, last.pt to resume from, loss.png, test.json (of the best validation: there is no test
+set) and samples. The text's tokens are kept beside the folder, for the next run.
 
-Comments that begin with Q3.1, Q3.2, Q3.3 answer questions of the University of Amsterdam's Deep
-Learning Practical 3 (2023). In comments on shapes B is the batch, T the sequence, S the positions
-that it may look at, C the embedding, H the heads and V the vocabulary.
+Q3.1, Q3.2 and Q3.3 in comments answer questions of the University of Amsterdam's Deep Learning
+Practical 3 (2023). In comments on shapes B is the batch, T the sequence, S the positions that a
+query may look at, C the embedding, H the heads and V the vocabulary.
 """
 
 import argparse
@@ -184,7 +184,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding(...) would draw values, for which the "meta" device takes seconds.
+        # Not nn.Embedding(...), which draws values: the "meta" device takes seconds for this.
         wte = torch.empty(config.padded_vocab_size or config.vocab_size, config.n_embd)
         wpe = torch.empty(config.block_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
@@ -206,8 +206,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(self, idx, cache=None, start=0):
-        """From tokens idx [B, T], the first of which is at position `start`, through all layers
-        and the last LayerNorm. -> [B, T, C]. cache: [n_layer, 2, B, H, room, C / H]"""
+        """Run tokens idx [B, T], the first of which is at position `start`, through all layers and
+        the last LayerNorm. -> [B, T, C]. cache: [n_layer, 2, B, H, room, C / H]"""
         end, block_size = start + idx.size(1), self.config.block_size
         assert 0 < end <= block_size, f"{end} tokens, of at most {block_size}"
         x = self.wte(idx) + self.wpe.weight[start:end]  # [B, T, C]
@@ -226,7 +226,8 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
-        # In float32 at least: bfloat16 has steps of 0.03 near a loss of 5.
+        # For a model in 16 bits (under autocast cross_entropy does so itself): bfloat16 has steps
+        # of 0.03 near a loss of 5.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits, F.cross_entropy(precise.flatten(0, 1), targets.flatten())
 
@@ -326,19 +327,14 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
                "input.txt")
 
 
-def find_text(data_dir, fallback):
-    """-> the path of tiny Shakespeare, which is downloaded where it is not in data_dir
-
-    Where that fails, it is the path of Python's own documentation, or without `fallback` a
-    ConnectionError.
-    """
+def find_text(data_dir):
+    """-> the path of tiny Shakespeare, which is downloaded where it is not in data_dir, or where
+    that fails, of the text of Python's own documentation"""
     path = Path(data_dir, "tinyshakespeare.txt")
     try:
         if not path.exists():
             fetch(SHAKESPEARE, path)
     except ConnectionError as error:
-        if not fallback:
-            raise
         from pydoc_data.topics import topics
 
         print(f"warning: {error}; this run learns Python's documentation", file=sys.stderr)
@@ -433,7 +429,7 @@ def windows(tokens, starts, length):
 
 
 def learning_rate(step, args):
-    """Up to --lr in the first --warmup steps, then down to --min-lr in a straight line."""
+    """It rises to --lr in the first --warmup steps, then falls to --min-lr in a straight line."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / (args.max_steps - args.warmup)  # from 0 to almost 1
@@ -478,7 +474,7 @@ def barrier():
 
 def check_finite(loss, step, rank):
     """Raises UserError for a loss, the same on all processes, that is inf or nan. Only the first
-    of them says so."""
+    process says so."""
     if not math.isfinite(loss):
         if rank > 0:
             sys.exit(2)
@@ -509,9 +505,8 @@ def evaluate(model, tokens, num_bytes, batch_size, dtype):
     return nats / count, nats / length / math.log(2)
 
 
-@torch.no_grad()
 def draw_sample(model, tokenizer, run, step):
-    """200 tokens of the model's own, from the same random numbers each time."""
+    """Save and print 200 tokens of the model's own, from the same random numbers each time."""
     device = model.wte.weight.device
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
     idx = torch.tensor([[tokenizer.start]], device=device)
@@ -523,8 +518,9 @@ def draw_sample(model, tokenizer, run, step):
 
 # -- The train command ------------------------------------------------------------------------
 
-# What `train` does where no flag says otherwise: on a CPU (or MPS), as much as two cores learn in
-# three minutes; on CUDA, nanoGPT's well-known recipe; from --init, small steps.
+# What `train` does where no flag says otherwise. "cpu", also for MPS: as much as two cores learn in
+# a few minutes. "cuda": nanoGPT's sizes, but not its 5,000 steps (in a run of these, validation was
+# best at step 1,500, after 17 seconds on an H100). "init": a few steps, at a low rate.
 RECIPES = {
     "cpu": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 8,
             "dropout": 0.0, "max_steps": 3000, "eval_every": 600},
@@ -532,7 +528,8 @@ RECIPES = {
              "dropout": 0.2, "max_steps": 2000, "eval_every": 200},
     "init": {"batch_size": 4, "dropout": 0.0, "max_steps": 100, "eval_every": 25},
 }
-RATES = {"adamw": 0.4, "muon": 0.9}  # divided by n_embd: the highest learning rate
+# The highest learning rate times n_embd. Muon's is also that of what AdamW trains beside it.
+RATES = {"adamw": 0.4, "muon": 0.9}
 
 
 def train_arguments(argv):
@@ -540,7 +537,7 @@ def train_arguments(argv):
     parser = argparse.ArgumentParser(
         prog="gpt.py", usage="gpt.py train [options]", allow_abbrev=False,
         description="Learn a text. What is not given depends on the device, or --init.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=common.HelpFormatter)
     add, number = parser.add_argument, common.number
 
     def recipe(name):  # the defaults, for --help
@@ -548,10 +545,10 @@ def train_arguments(argv):
                          if name in values)
 
     add("--text", metavar="FILE", help="any UTF-8 text; its last 10%% validate (tiny Shakespeare)")
-    add("--tokenizer", choices=["char", "gpt2"], help="a token a character, or GPT-2's (char, or "
-        "what --init comes with)")
-    add("--init", default="scratch", metavar="scratch|NAME|DIR", help="a model to train further, "
-        "as in generate --model, or none")
+    add("--tokenizer", choices=["char", "gpt2"], help="tokens are characters, or those of GPT-2 "
+        "(char, or what --init comes with)")
+    add("--init", default="scratch", metavar="scratch|NAME|OWNER/NAME|DIR", help="a model to train "
+        "further, as in generate --model, or none")
     add("--size", choices=SIZES, help="n-layer, n-head and n-embd by name")
     for name, text in (("n-layer", "layers"), ("n-head", "attention heads per layer"),
                        ("n-embd", "the embedding's size"), ("block-size", "tokens seen at once"),
@@ -559,9 +556,9 @@ def train_arguments(argv):
                        ("max-steps", "steps in all"),
                        ("eval-every", "steps between evaluations, which save the run")):
         add(f"--{name}", type=number(int, 1), help=f"{text} ({recipe(name.replace('-', '_'))})")
-    add("--dropout", type=number(float, 0, 1), help=f"dropout ({recipe('dropout')})")
-    add("--eval-tokens", type=number(int, 2), metavar="N", help="validate on the first N tokens "
-        "only, instead of all")
+    add("--dropout", type=number(float, 0, 1), help=f"share of values dropped ({recipe('dropout')})")
+    add("--eval-tokens", type=number(int, 1), metavar="N", help="validate on the whole blocks of "
+        "the first N tokens only, instead of all")
     add("--grad-accum", type=number(int, 1), default=1, help="parts in which each process computes "
         "a step, to save memory")
     add("--optimizer", choices=["muon", "adamw"], help="muon: for the layers' matrices, adamw for "
@@ -569,15 +566,16 @@ def train_arguments(argv):
     add("--lr", type=number(float, 0), help=f"highest learning rate ({RATES['muon']} / n_embd with "
         f"muon, {RATES['adamw']} / n_embd with adamw, 5e-05 for init)")
     add("--min-lr", type=number(float, 0), default=0.0, help="learning rate at the end")
-    add("--warmup", type=number(int, 0), metavar="STEPS", help="in which the rate rises (a "
+    add("--warmup", type=number(int, 0), metavar="STEPS", help="steps in which the rate rises (a "
         "hundredth of max-steps)")
     add("--weight-decay", type=number(float, 0), default=0.1, help="of matrices and embeddings")
-    add("--grad-clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
+    add("--grad-clip", type=number(float, 0), default=1.0, help="the gradient's highest norm; 0: "
+        "any")
     add("--compile", action="store_true", help="torch.compile: minutes of preparation, then faster "
         "steps on a GPU; on a CPU it brought no speed")
     common.add_run_arguments(parser)
     args, state = common.parse_args(parser, argv, may_change={
-        "text", "max_steps", "eval_every", "eval_tokens", "lr", "min_lr", "warmup", "grad_accum"})
+        "text", "max_steps", "eval_every", "lr", "min_lr", "warmup", "grad_accum", "compile"})
     own = [f"--{name.replace('_', '-')}" for name in ("size", "n_layer", "n_head", "n_embd")
            if getattr(args, name) is not None]
     if state is None and args.init != "scratch" and own:
@@ -587,7 +585,7 @@ def train_arguments(argv):
 
 @contextlib.contextmanager
 def user_errors():
-    """Models, tokenizers and texts that are missing or damaged are the user's to mend."""
+    """What models, tokenizers and texts raise that are missing or damaged becomes a UserError."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -613,7 +611,7 @@ def find_tokenizer(args, characters):
     if args.tokenizer != "gpt2":
         return CharTokenizer(characters)
     folder = Path(args.data_dir, "gpt2")
-    return load_tokenizer(folder if folder.is_dir() else "gpt2")
+    return load_tokenizer_files(folder) if folder.is_dir() else load_tokenizer("gpt2")
 
 
 def train(argv):
@@ -635,12 +633,12 @@ def train(argv):
         args.warmup = args.max_steps // 100 if args.warmup is None else args.warmup
 
     # -- Processes ----------------------------------------------------------------------------
-    size, local_rank = (int(os.environ.get(name, default))
+    world_size, local_rank = (int(os.environ.get(name, default))
                         for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if args.batch_size % (args.grad_accum * size):
+    if args.batch_size % (args.grad_accum * world_size):
         raise common.UserError(f"--batch-size {args.batch_size} is not a multiple of --grad-accum "
-                               f"{args.grad_accum} times {size}, the number of processes")
-    if size > 1:
+                               f"{args.grad_accum} times {world_size}, the number of processes")
+    if world_size > 1:
         if device.type == "cuda":
             if local_rank >= torch.cuda.device_count():
                 raise common.UserError(f"there are {torch.cuda.device_count()} GPUs here: choose "
@@ -651,12 +649,13 @@ def train(argv):
     rank, _ = process()
 
     # -- Text, tokenizer and model ------------------------------------------------------------
+    # The first process of each machine downloads and tokenizes. The others wait here until it comes
+    # to its barrier, below, and then find the files.
     if local_rank > 0:
-        barrier()  # until the first process of this machine comes to the barrier below: by then it
-        # has downloaded and tokenized
+        barrier()
     torch.manual_seed(args.seed)
     with user_errors():
-        path = Path(args.text or find_text(args.data_dir, fallback=state is None))
+        path = Path(args.text or find_text(args.data_dir))
         by_default = args.tokenizer is None and args.init == "scratch"
         distinct = state is None and (args.tokenizer == "char" or by_default)
         length, digest, characters = scan_text(path, args.limit, distinct)
@@ -664,7 +663,7 @@ def train(argv):
             raise common.UserError(f"{path} is not the text that {args.resume} began with: give "
                                    "that one as --text")
         args.text = str(path)  # so that a resumed run takes the same, whatever is downloaded then
-        tokenizer = load_tokenizer(args.resume) if state else find_tokenizer(args, characters)
+        tokenizer = load_tokenizer_files(args.resume) if state else find_tokenizer(args, characters)
         if state:
             model = GPT(GPTConfig(**state["config"]))
             model.load_state_dict(state["model"])
@@ -688,29 +687,33 @@ def train(argv):
                                             check=local_rank == 0)
     if local_rank == 0:
         barrier()
-    number = int(digest[:12], 16)
-    if add_up(torch.tensor(number)) != size * number:
+    checksum = int(digest[:12], 16)
+    if add_up(torch.tensor(checksum)) != world_size * checksum:
         raise common.UserError(f"{path} is not the same text on every machine")
     num_bytes = np.array([tokenizer.num_bytes(id) for id in range(len(tokenizer))])
-    val_tokens = val_tokens[:args.eval_tokens and args.eval_tokens + 1]
+    if args.eval_tokens:
+        val_tokens = val_tokens[:args.eval_tokens + 1]  # the last has a target, too
 
     # -- Optimizers ---------------------------------------------------------------------------
     model.to(device)
     if args.lr is None:
         args.lr = 5e-5 if args.defaults == "init" else RATES[args.optimizer] / config.n_embd
-    matrices = [p for p in model.parameters() if p.dim() == 2]  # the first two: wte and wpe
-    vectors = [p for p in model.parameters() if p.dim() == 1]  # of biases and LayerNorms
-    first = 2 if args.optimizer == "muon" else len(matrices)
+    embeddings = [model.wte.weight, model.wpe.weight]
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # biases, and LayerNorms' weights
+    muon = args.optimizer == "muon"
     optimizers = {"adamw": torch.optim.AdamW(
-        [{"params": matrices[:first]}, {"params": vectors, "weight_decay": 0.0}],
-        args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)}
-    if args.optimizer == "muon":
-        optimizers["muon"] = common.Muon(matrices[first:], args.lr, args.weight_decay, momentum=0.9)
+        [{"params": embeddings if muon else embeddings + matrices},
+         {"params": vectors, "weight_decay": 0.0}],
+        args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True,
+        capturable=True)}  # capturable: by common.cuda_graph
+    if muon:  # whose usual momentum, 0.95, is too slow for so few steps
+        optimizers["muon"] = common.Muon(matrices, args.lr, args.weight_decay, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    net = model  # or a view of it: compiled, or averaging the gradients of all processes
+    net = model  # or wrapped: compiled, or averaging the gradients of all processes
     if args.compile and can_compile(device):
         net = torch.compile(net, dynamic=False)
-    if size > 1:
+    if world_size > 1:
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     # -- A new run, or an old one to go on with -----------------------------------------------
@@ -721,11 +724,12 @@ def train(argv):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    # One rate for all groups, as a tensor: a CUDA graph reads it anew at each step.
+    # The learning rate is a tensor, which each step fills and a CUDA graph reads. It is put in
+    # here, as load_state_dict puts in copies.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group.update(lr=lr, capturable=device.type == "cuda")
+            group["lr"] = lr
     heading = (f"GPT on {path.name}, "
                f"{'characters' if isinstance(tokenizer, CharTokenizer) else 'GPT-2 tokens'}")
     done = rows[-1]["step"] if rows else 0
@@ -737,7 +741,7 @@ def train(argv):
         count = sum(p.numel() for p in model.parameters())
         print(f"{heading}: {count:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
               f"{config.n_embd} wide; defaults: {args.defaults}) on "
-              f"{f'{size} x ' if size > 1 else ''}{device} in "
+              f"{f'{world_size} x ' if world_size > 1 else ''}{device} in "
               f"{str(dtype).removeprefix('torch.')}; {len(train_tokens):,} train, "
               f"{len(val_tokens):,} val tokens, {len(tokenizer):,} different; {args.max_steps:,} "
               f"steps of {args.batch_size} x {T} tokens, {done:,} of them done, saved every "
@@ -746,17 +750,18 @@ def train(argv):
 
     # -- Training -----------------------------------------------------------------------------
     tokens_per_step = args.batch_size * T
-    part_size = args.batch_size // (args.grad_accum * size)
-    offset = random.Random(args.seed).random()  # the first window's place in the text, 0 to 1
-    evaluations = [step for step in (*range(0, args.max_steps, args.eval_every), args.max_steps)
-                   if not rows or step > done]
+    part_size = args.batch_size // (args.grad_accum * world_size)
+    evaluations = [*range(0, args.max_steps, args.eval_every), args.max_steps]  # 0: untrained
+    if rows:
+        evaluations = [step for step in evaluations if step > done]
+    offset = random.Random(args.seed).random()
 
-    def train_step(batch):  # [B / size, T + 1]; a function, so that a GPU can record it
+    def train_step(batch):  # [B / world_size, T + 1]; in the form that common.cuda_graph takes
         loss = torch.zeros((), device=device)
         for i, part in enumerate(batch.split(part_size), 1):
             # DDP averages over the processes in backward(): only with the last part.
-            average = size == 1 or i == args.grad_accum
-            with contextlib.nullcontext() if average else net.no_sync():
+            average = world_size > 1 and i == args.grad_accum
+            with contextlib.nullcontext() if world_size == 1 or average else net.no_sync():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
                 scaler.scale(part_loss).backward()
@@ -765,29 +770,34 @@ def train(argv):
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         for optimizer in optimizers.values():
-            # Where float16 overflowed, no optimizer makes its step.
+            # A scaler looks at one optimizer's gradients. Where any in float16 overflowed, no
+            # optimizer may make its step.
             if not scaler.is_enabled() or norm.isfinite():
                 scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
+        # The loss, the gradient's norm (0 where it overflowed), and whether it is finite
         return torch.stack([loss, norm.nan_to_num(0, posinf=0), norm.isfinite().float()])
 
-    # Not with a scaler, which waits for the device, and not with several processes
-    if device.type == "cuda" and size == 1 and not scaler.is_enabled():
+    # Not with a scaler, which reads numbers back, and not with DDP, which was not tried so
+    if device.type == "cuda" and world_size == 1 and not scaler.is_enabled():
         train_step = common.cuda_graph(train_step)
     for end in evaluations:  # the first, before any step, is at 0
         began, steps = time.perf_counter(), end - done
-        torch.manual_seed(hash((args.seed, done, rank)))  # for dropout, the same in a resumed run
+        # For dropout, the same in a resumed run (integers have the same hash in every process)
+        torch.manual_seed(hash((args.seed, done, rank)))
         sums = torch.zeros(3, device=device)  # losses, gradient norms, and how many were finite
         bar = tqdm(range(done, end), f"step {end}/{args.max_steps}", unit=" tok",
                    unit_scale=tokens_per_step, leave=False, disable=rank > 0 or None)
         for step in bar:
             lr.fill_(learning_rate(step, args))
-            # The windows of all steps cover the text evenly, as the multiples of the golden ratio
-            # modulo 1 do an interval (Weyl, 1916). Each process takes its share of a step's.
-            i = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
-            starts = (offset + (1 + 5**0.5) / 2 * i) % 1 * (len(train_tokens) - T)
-            batch = windows(train_tokens, np.split(starts.astype(np.int64), size)[rank], T + 1)
+            # Window n begins at the fraction offset + n * golden ratio, modulo 1, of the text. Such
+            # points fill an interval evenly (Weyl, 1916), where random ones would leave gaps, and a
+            # third of the text unseen in a first pass. Each process takes its share of a step's.
+            n = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
+            starts = (offset + n * (1 + 5**0.5) / 2) % 1 * (len(train_tokens) - T)
+            starts = np.split(starts.astype(np.int64), world_size)[rank]
+            batch = windows(train_tokens, starts, T + 1)
             if device.type == "cuda":
                 batch = batch.pin_memory()  # or the copy would wait for the device
             figures = train_step(batch.to(device, non_blocking=True))
@@ -795,7 +805,7 @@ def train(argv):
             if step % 50 == 49:  # not each time: to read the loss is to wait for the device
                 bar.set_postfix_str(f"loss {figures[0]:.3f} lr {lr:.1e} norm {figures[1]:.2f}")
                 check_finite(add_up(sums[0].clone()).item(), step + 1, rank)
-        sum_of_losses, norms, finite = (add_up(sums) / size).tolist()  # waits for the device
+        sum_of_losses, norms, finite = (add_up(sums) / world_size).tolist()  # waits for the device
         elapsed = time.perf_counter() - began
         tokens_per_s = tokens_per_step * steps / elapsed
         val_loss, bits = evaluate(model, val_tokens, num_bytes, part_size, dtype)
@@ -817,13 +827,14 @@ def train(argv):
                 name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "rows": rows, "args": vars(args), "config": dataclasses.asdict(config), "text": digest})
         common.write_json(run / "metrics.jsonl", *rows)
-        progress = (f"train {rows[-1]['train_loss']:.4f} | val {val_loss:.4f} | {bits:.3f} "
-                    f"bits/byte | lr {rows[-1]['lr']:.1e} norm {rows[-1]['grad_norm'] or 0:.2f} | "
-                    f"{1000 * elapsed / steps:.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
-                    f"{flops_per_token(model) * tokens_per_s / 1e12:.2f} TFLOP/s" if steps else
-                    f"before       | val {val_loss:.4f} | {bits:.3f} bits/byte")
-        print(f"step {done:5d}/{args.max_steps} | {progress} | {rows[-1]['seconds']:.1f} s",
-              flush=True)
+        train_loss, speed = "untrained   ", ""
+        if steps:
+            train_loss = f"train {rows[-1]['train_loss']:.4f}"
+            speed = (f"lr {rows[-1]['lr']:.1e} norm {rows[-1]['grad_norm'] or 0:.2f} | "
+                     f"{1000 * elapsed / steps:.1f} ms {tokens_per_s / 1000:.1f}k tok/s "
+                     f"{flops_per_token(model) * tokens_per_s / 1e12:.2f} TFLOP/s | ")
+        print(f"step {done:5d}/{args.max_steps} | {train_loss} | val {val_loss:.4f} | {bits:.3f} "
+              f"bits/byte | {speed}{rows[-1]['seconds']:.1f} s", flush=True)
         draw_sample(model, tokenizer, run, done)
         if steps:
             common.save_curves(run / "loss.png", f"{heading}\ncross-entropy", "nats per token",
@@ -877,13 +888,8 @@ def word_pattern():
 
 def read_json(path):
     """A file of JSON -> dict. A byte-order mark is skipped."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if text.startswith("version https://git-lfs"):
-            raise ValueError("a git-lfs pointer: get the file itself with `git lfs pull`")
-        return {**json.loads(text)}
-    except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    with reading(path):
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}  # no list, no number
 
 
 def read_vocabulary(vocab_file, merges_file):
@@ -1140,7 +1146,7 @@ def find_model(name, weights=True):
     downloaded once.
     """
     name, folder, cache = str(name), Path(name), Path(torch.hub.get_dir(), "checkpoints")
-    if name in PRETRAINED:
+    if name in PRETRAINED and not (folder / "config.json").exists():
         return download(f"openai-community/{name}", cache / name, weights)
     # Where there is a folder `runs`, runs/gpt-shakespaere is a typo, not a model on the hub.
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.A) and not folder.parent.is_dir():
@@ -1148,9 +1154,6 @@ def find_model(name, weights=True):
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} is not a folder, nor one of {', '.join(PRETRAINED)}, nor "
                                 "OWNER/NAME of a model on the hub")
-    if (folder / "best.pt").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is a run of gpt.py's first edition (best.pt without "
-                         "config.json), which this edition does not read: train it again")
     return folder
 
 
@@ -1385,7 +1388,7 @@ def generate(argv):
     """The `generate` command: texts to standard output, all else to standard error."""
     parser = argparse.ArgumentParser(
         prog="gpt.py", usage="gpt.py generate [options]", allow_abbrev=False,
-        description="Continue a prompt.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Continue a prompt.", formatter_class=common.HelpFormatter)
     add, number = parser.add_argument, common.number
     add("--model", default="gpt2", metavar="NAME|OWNER/NAME|DIR", help=f"{', '.join(PRETRAINED)}; "
         "a GPT-2 on the Hugging Face hub; or a folder in its layout, such as a run's")

@@ -1,6 +1,6 @@
 """A variational autoencoder for 4-bit MNIST (Kingma and Welling, 2014, arXiv:1312.6114).
 
-    p(x) = E_{z ~ N(0, I)} [ prod_m Cat(x_m | f(z)_m) ]           784 pixels of 16 values each
+    p(x) = E_{z ~ N(0, I)} [ prod_m p(x_m|z) ]     784 pixels x_m, each a categorical of 16 values
     log p(x) >= E_{z ~ q(z|x)} [ log p(x|z) ] - KL(q(z|x) || N(0, I))         the lower bound
     q(z|x) = N(mean(x), diag(std(x)^2)),  z = mean + std * noise, so gradients reach the encoder
 
@@ -16,8 +16,7 @@ the latent space. --resume of a finished run prints its test figures and draws t
 
 The model is that of the University of Amsterdam's Deep Learning Practical 3 (2023). Comments that
 begin with Q1.1, Q1.2, ... answer its questions. To train as it asks, pass --batch-size 128 and
---lr 1e-3, make torch.optim.Adam(model.parameters(), args.lr) the only one of `optimizers`, and
-set the rate by lr.fill_(args.lr).
+--lr 1e-3, and change the two lines below that a comment "Practical:" follows.
 
 In comments on shapes B is the batch size, D = z_dim, and K = 16 the number of pixel values.
 """
@@ -165,8 +164,8 @@ def kl_divergence(mean, log_std):
 
 
 def elbo_to_bpd(elbo, img_shape):
-    """Nats per image -> bits per dimension. elbo: the *negative* lower bound, our loss, whatever
-    its name in the practical. img_shape: [B, C, H, W]"""
+    """Nats per image -> bits per dimension. elbo, which has its name from the practical, is the
+    *negative* lower bound, our loss. img_shape: [B, C, H, W]"""
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
 
@@ -222,7 +221,7 @@ def test_figures(model, images):
     # Q1.4: the bound is below log p(x) by KL(q(z|x) || p(z|x)); importance weights narrow this gap.
     # Q1.2: draws from the prior are inefficient. Hardly any of them explains a given x, and the
     # share of those that do falls exponentially with the dimensions of z.
-    x = images[::10]  # not the first, as MNIST's are sorted by groups of writers
+    x = images[::10]  # not images[:1000], as MNIST's test images are sorted by groups of writers
     bound = -sum(evaluate(model, x))
     weighted, prior = 0, 0
     for part in tqdm(x.split(50), "log p(x)", disable=None, leave=False):
@@ -252,8 +251,8 @@ def visualize_manifold(decoder, grid_size=20):
 
 
 @torch.no_grad()
-def draw_pictures(model, images, labels, run, heading, epoch):
-    """Samples (Q1.8), reconstructions, and the latent space of `images` with their labels."""
+def draw_pictures(model, images, labels, run, heading, epoch, split="validation"):
+    """Samples (Q1.8), and reconstructions and latent space of the split's images."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_image(run / f"samples_epoch_{epoch:03d}.png", common.tile(model.sample(64) / 15, 8),
                       f"{heading}\nsamples after {epoch} epochs")
@@ -261,7 +260,7 @@ def draw_pictures(model, images, labels, run, heading, epoch):
     rebuilt = mean_image(model.decoder(model.encoder(originals)[0]))
     common.save_image(run / "reconstructions.png",
                       common.tile(torch.cat([originals / 15, rebuilt]), len(originals)),
-                      f"{heading}\noriginals and reconstructions after {epoch} epochs")
+                      f"{heading}\n{split} images and reconstructions after {epoch} epochs")
 
     posteriors = [model.encoder(x) for x in images.split(500)]
     mean = torch.cat([mean for mean, _ in posteriors]).cpu()  # [N, D]
@@ -270,11 +269,12 @@ def draw_pictures(model, images, labels, run, heading, epoch):
         common.save_image(run / "manifold.png", visualize_manifold(model.decoder),
                           f"{heading}\nthe decoder's mean image over the prior's percentiles")
         common.save_scatter(run / "latents.png", mean, labels, f"{heading}\nposterior means of "
-                            f"{len(images):,} images; circles: 1, 2, 3 sigma of the prior")
+                            f"{len(images):,} {split} images; circles: 1, 2, 3 sigma of the prior")
     else:
         # kl_divergence sums over the last dimension: a new one, of size 1, keeps the D values.
         per_dimension = kl_divergence(mean[..., None], log_std[..., None]).mean(0)  # [D]
-        with common.picture(run / "kl.png", 7, 4, f"{heading}\nKL of each dimension") as figure:
+        title = f"{heading}\nKL of each dimension, mean over {len(images):,} {split} images"
+        with common.picture(run / "kl.png", 7, 4, title) as figure:
             axes = figure.add_subplot(xlabel="latent dimensions, sorted", ylabel="nats per image")
             axes.bar(range(1, model.z_dim + 1), sorted(per_dimension.tolist(), reverse=True))
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -291,7 +291,7 @@ def main(argv=None):
     # -- Arguments, device and data -----------------------------------------------------------
     parser = argparse.ArgumentParser(
         prog="vae.py", description="Train a variational autoencoder on 4-bit MNIST.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False, formatter_class=common.HelpFormatter)
     parser.add_argument("--z-dim", type=common.number(int, 1), default=20, help="latent dimensions")
     parser.add_argument("--num-filters", type=common.number(int, 1), default=32,
                         help="channels of the first convolution")
@@ -308,7 +308,9 @@ def main(argv=None):
     data = common.load_mnist(args.dataset, args.data_dir, args.limit, device)
     train, val, test = (to_4_bits(images) for images in (data.train, data.val, data.test))
     args.dataset = data.name  # the one that "auto" chose
-    heading = f"VAE on {common.TITLES[data.name]}, z {args.z_dim}"
+    name, heading = f"vae-z{args.z_dim}", f"VAE on {common.TITLES[data.name]}, z {args.z_dim}"
+    if data.name != "mnist":
+        name = f"{name}-{data.name}"
 
     # -- Model and optimizer ------------------------------------------------------------------
     torch.manual_seed(args.seed)
@@ -318,7 +320,9 @@ def main(argv=None):
     matrices = [p for p in model.parameters() if p.dim() > 1]
     biases = [p for p in model.parameters() if p.dim() == 1]
     optimizers = [common.Muon(matrices, args.lr, weight_decay=0.05),
-                  torch.optim.AdamW(biases, args.lr, betas=(0.9, 0.99), fused=True)]
+                  torch.optim.AdamW(biases, args.lr, betas=(0.9, 0.99), fused=True,
+                                    capturable=True)]  # capturable: by common.cuda_graph
+    # Practical: optimizers = [torch.optim.Adam(model.parameters(), fused=True, capturable=True)]
     # For float16. The loss is a sum over 784 pixels, so gradients are large: with the default scale
     # of 2**16 they overflow, and the first ten steps are skipped.
     scaler = torch.amp.GradScaler(device.type, init_scale=2**6, enabled=dtype == torch.float16)
@@ -333,13 +337,13 @@ def main(argv=None):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    # One rate for all groups, as a tensor: a CUDA graph reads it anew at each step.
+    # The learning rate is a tensor, which each step fills and a CUDA graph reads. It is put in
+    # here, as load_state_dict puts in copies.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group.update(lr=lr, capturable=device.type == "cuda")
-    run = common.open_run(args, state, f"vae-z{args.z_dim}"
-                          + (f"-{data.name}" if data.name != "mnist" else ""), len(rows))
+            group["lr"] = lr
+    run = common.open_run(args, state, name, len(rows))
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     print(f"{heading}: {sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
           f"{str(dtype).removeprefix('torch.')}; {len(train):,} train, {len(val):,} val, "
@@ -352,25 +356,25 @@ def main(argv=None):
         draw_pictures(model, val, data.val_labels, run, heading, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
-    def train_step(indices):  # a function, so that a GPU can record it
+    def train_step(indices):  # in the form that common.cuda_graph takes
         x = train[indices]  # [B, 1, 28, 28]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            rec, kl, bpd = model(x)
+            rec, kl, _ = model(x)
         scaler.scale(rec + kl).backward()
         for optimizer in optimizers:
             scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
-        return torch.stack([rec, kl, bpd]).detach()
+        return torch.stack([rec, kl]).detach()
 
-    if device.type == "cuda" and not scaler.is_enabled():  # a scaler waits for the device
+    if device.type == "cuda" and not scaler.is_enabled():  # a scaler reads numbers back
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same
-        # as one that was never stopped. (The hash of integers is the same in every process.)
+        # as one that was never stopped. (The hash of two integers is the same in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
-        sums = torch.zeros(3, device=device)  # of rec, kl and bpd
+        sums = torch.zeros(2, device=device)  # of rec and kl
         order = torch.randperm(len(train)).to(device)
         bar = tqdm(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}", unit=" img",
                    unit_scale=args.batch_size, disable=None, leave=False)
@@ -379,21 +383,23 @@ def main(argv=None):
             # a run is extended, the rate goes up again, to its place in the longer schedule.)
             progress = (step + 0.5) / (args.epochs * steps_per_epoch)
             lr.fill_(args.lr * min(progress / 0.1, (1 - progress) / 0.9))
-            losses = train_step(indices)
+            # Practical: lr.fill_(args.lr)
+            losses = train_step(indices)  # rec, kl
             sums += losses * len(indices)
             if step % 50 == 49:  # not each time: to read the loss is to wait for the device
-                bar.set_postfix_str(f"bpd {losses[2].item():.3f}")
+                bar.set_postfix_str(f"bpd {elbo_to_bpd(losses.sum().item(), train.shape):.3f}")
                 if not losses.isfinite().all():  # (weights are checked in save_checkpoint)
                     raise common.UserError(f"the loss is not finite at step {step + 1}: start "
                                            f"again with a lower --lr ({run} holds what was saved)")
-        train_rec, train_kl, train_bpd = (sums / len(train)).tolist()
+        train_rec, train_kl = (sums / len(train)).tolist()  # waits for the device
         train_seconds = time.perf_counter() - began
         val_rec, val_kl = evaluate(model, val)
         seconds = time.perf_counter() - began + (rows[-1]["seconds"] if rows else 0)  # cumulative
         row = {"epoch": epoch, "step": step + 1, "seconds": round(seconds, 2),
                "images_per_s": round(len(train) / train_seconds),
                "train_rec": train_rec, "train_kl": train_kl, "val_rec": val_rec, "val_kl": val_kl,
-               "train_bpd": train_bpd, "val_bpd": elbo_to_bpd(val_rec + val_kl, val.shape)}
+               "train_bpd": elbo_to_bpd(train_rec + train_kl, train.shape),
+               "val_bpd": elbo_to_bpd(val_rec + val_kl, val.shape)}
         rows.append(row)
         if row["val_bpd"] == min(other["val_bpd"] for other in rows):  # the best so far
             common.save_checkpoint(run / "best.pt", {
@@ -415,7 +421,7 @@ def main(argv=None):
     model.load_state_dict(best["model"])
     print(f"the best model by validation is that of epoch {best['epoch']} of {len(rows)}")
     figures = test_figures(model, test)
-    draw_pictures(model, test, data.test_labels, run, f"{heading}, test images", best["epoch"])
+    draw_pictures(model, test, data.test_labels, run, heading, best["epoch"], "test")
     draw_curves(rows, run, heading, test=figures["test_bpd"])
     common.close_run(args, run, rows,
                      figures | {"epoch": best["epoch"], "device": str(device)}, len(rows))
