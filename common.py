@@ -211,10 +211,10 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalize(gradients.lerp(state["mean"], momentum))
             # The entries of U V^T have a root mean square of 1 / sqrt(longer side), those of Adam's
             # updates about 0.2.
-            scale = 0.2 * math.sqrt(max(gradients.shape[1:]))
+            updates *= lr * 0.2 * math.sqrt(max(gradients.shape[1:]))
             for weight, update in zip(weights, updates, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"])
-                weight.sub_(lr * scale * update.view(weight.shape))
+                weight.sub_(update.view(weight.shape))
 
 
 def orthogonalize(matrices):

@@ -633,8 +633,8 @@ def train(argv):
         args.warmup = args.max_steps // 100 if args.warmup is None else args.warmup
 
     # -- Processes ----------------------------------------------------------------------------
-    world_size, local_rank = (int(os.environ.get(name, default))
-                        for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (
+        ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if args.batch_size % (args.grad_accum * world_size):
         raise common.UserError(f"--batch-size {args.batch_size} is not a multiple of --grad-accum "
                                f"{args.grad_accum} times {world_size}, the number of processes")
