@@ -556,7 +556,7 @@ def train_arguments(argv):
                        ("max-steps", "steps in all"),
                        ("eval-every", "steps between evaluations, which save the run")):
         add(f"--{name}", type=number(int, 1), help=f"{text} ({recipe(name.replace('-', '_'))})")
-    add("--dropout", type=number(float, 0, 1), help=f"share of values dropped ({recipe('dropout')})")
+    add("--dropout", type=number(float, 0, 1), help=f"share dropped ({recipe('dropout')})")
     add("--eval-tokens", type=number(int, 1), metavar="N", help="validate on the whole blocks of "
         "the first N tokens only, instead of all")
     add("--grad-accum", type=number(int, 1), default=1, help="parts in which each process computes "
