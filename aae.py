@@ -8,7 +8,7 @@
 
     |.|^2 is the squared error averaged over the pixels. The encoder is trained with -log D(E(x))
     instead of the last term. Where D can only guess this is ln 2 = 0.69, while the squared error of
-    a trained model is a few hundredths. So only a lambda close to 1 gives it weight.
+    a trained model is a few hundredths. So the error counts only if lambda is close to 1.
 
     python aae.py                        8 latent dimensions, lambda 0.995, 20 epochs
     python aae.py --lam 1                a plain autoencoder
@@ -418,7 +418,7 @@ def main(argv=None):
     ae_optimizers = [  # as in vae.py
         common.Muon([p for p in autoencoder if p.dim() > 1], args.ae_lr, weight_decay=0.1),
         torch.optim.AdamW([p for p in autoencoder if p.dim() == 1], args.ae_lr, betas=(0.9, 0.99),
-                          fused=True, capturable=True)]  # capturable: by common.cuda_graph
+                          fused=True, capturable=True)]  # capturable for common.cuda_graph
     # beta1 0.5 is usual for a discriminator (Radford et al. 2016): its task changes all the time.
     d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=args.d_lr,
                                    betas=(0.5, 0.99), fused=True, capturable=True)
@@ -435,8 +435,8 @@ def main(argv=None):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    # The learning rates are tensors, which each step fills and a CUDA graph reads. They are put in
-    # here, as load_state_dict puts in copies.
+    # The learning rates are tensors, which are filled before each step and read by a CUDA graph.
+    # They are set here, as load_state_dict would replace them by copies.
     ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
     for optimizer in ae_optimizers:
         for group in optimizer.param_groups:
@@ -486,7 +486,8 @@ def main(argv=None):
         scaler.update()
         return torch.stack(losses).detach()
 
-    if device.type == "cuda" and not scaler.is_enabled():  # a scaler reads numbers back
+    # A CUDA graph cannot read a number back, as a scaler does.
+    if device.type == "cuda" and not scaler.is_enabled():
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same

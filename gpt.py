@@ -437,8 +437,8 @@ def learning_rate(step, args):
 
 
 def flops_per_token(model):
-    """Of a training step: 6 for each parameter but wpe (2 forward, 4 backward), and 12 T C for each
-    layer's attention (Chowdhery et al., 2022, arXiv:2204.02311, Appendix B)."""
+    """Of a training step: 6 for each parameter outside wpe (2 forward, 4 backward), and 12 T C for
+    each layer's attention (Chowdhery et al., 2022, arXiv:2204.02311, Appendix B)."""
     weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
     config = model.config
     return 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
@@ -489,12 +489,12 @@ def evaluate(model, tokens, num_bytes, batch_size, dtype):
     num_bytes: the length of each token of the vocabulary in UTF-8. -> nats per token, and bits per
     byte of text, by which models with different tokenizers can be compared
     """
-    device, training, (rank, size) = model.wte.weight.device, model.training, process()
+    device, training, (rank, world_size) = model.wte.weight.device, model.training, process()
     T = min(model.config.block_size, len(tokens) - 1)
     starts = np.arange(0, len(tokens) - T, T)
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     model.eval()
-    for first in range(batch_size * rank, len(starts), batch_size * size):
+    for first in range(batch_size * rank, len(starts), batch_size * world_size):
         batch = windows(tokens, starts[first:first + batch_size], T + 1)  # [B, T + 1]
         x, y = batch[:, :-1].to(device), batch[:, 1:].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -706,8 +706,8 @@ def train(argv):
         [{"params": embeddings if muon else embeddings + matrices},
          {"params": vectors, "weight_decay": 0.0}],
         args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True,
-        capturable=True)}  # capturable: by common.cuda_graph
-    if muon:  # whose usual momentum, 0.95, is too slow for so few steps
+        capturable=True)}  # for common.cuda_graph
+    if muon:  # with its usual momentum, 0.95, the CPU recipe ends 0.006 higher
         optimizers["muon"] = common.Muon(matrices, args.lr, args.weight_decay, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     net = model  # or wrapped: compiled, or averaging the gradients of all processes
@@ -724,8 +724,8 @@ def train(argv):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    # The learning rate is a tensor, which each step fills and a CUDA graph reads. It is put in
-    # here, as load_state_dict puts in copies.
+    # The learning rate is a tensor, which is filled before each step and read by a CUDA graph. It
+    # is set here, as load_state_dict would replace it by a copy.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -779,7 +779,7 @@ def train(argv):
         # The loss, the gradient's norm (0 where it overflowed), and whether it is finite
         return torch.stack([loss, norm.nan_to_num(0, posinf=0), norm.isfinite().float()])
 
-    # Not with a scaler, which reads numbers back, and not with DDP, which was not tried so
+    # A CUDA graph cannot read a number back, as a scaler does. With DDP it has not been tried.
     if device.type == "cuda" and world_size == 1 and not scaler.is_enabled():
         train_step = common.cuda_graph(train_step)
     for end in evaluations:  # the first, before any step, is at 0
@@ -889,7 +889,7 @@ def word_pattern():
 def read_json(path):
     """A file of JSON -> dict. A byte-order mark is skipped."""
     with reading(path):
-        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}  # no list, no number
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}  # {**...} refuses a list
 
 
 def read_vocabulary(vocab_file, merges_file):

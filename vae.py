@@ -16,7 +16,7 @@ the latent space. --resume of a finished run prints its test figures and draws t
 
 The model is that of the University of Amsterdam's Deep Learning Practical 3 (2023). Comments that
 begin with Q1.1, Q1.2, ... answer its questions. To train as it asks, pass --batch-size 128 and
---lr 1e-3, and change the two lines below that a comment "Practical:" follows.
+--lr 1e-3, and replace the two statements that a comment "Practical:" follows by what it says.
 
 In comments on shapes B is the batch size, D = z_dim, and K = 16 the number of pixel values.
 """
@@ -321,7 +321,7 @@ def main(argv=None):
     biases = [p for p in model.parameters() if p.dim() == 1]
     optimizers = [common.Muon(matrices, args.lr, weight_decay=0.05),
                   torch.optim.AdamW(biases, args.lr, betas=(0.9, 0.99), fused=True,
-                                    capturable=True)]  # capturable: by common.cuda_graph
+                                    capturable=True)]  # for common.cuda_graph
     # Practical: optimizers = [torch.optim.Adam(model.parameters(), fused=True, capturable=True)]
     # For float16. The loss is a sum over 784 pixels, so gradients are large: with the default scale
     # of 2**16 they overflow, and the first ten steps are skipped.
@@ -337,8 +337,8 @@ def main(argv=None):
         if state["scaler"]:  # empty after training without float16
             scaler.load_state_dict(state["scaler"])
         rows = state["rows"]
-    # The learning rate is a tensor, which each step fills and a CUDA graph reads. It is put in
-    # here, as load_state_dict puts in copies.
+    # The learning rate is a tensor, which is filled before each step and read by a CUDA graph. It
+    # is set here, as load_state_dict would replace it by a copy.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -367,7 +367,8 @@ def main(argv=None):
         scaler.update()
         return torch.stack([rec, kl]).detach()
 
-    if device.type == "cuda" and not scaler.is_enabled():  # a scaler reads numbers back
+    # A CUDA graph cannot read a number back, as a scaler does.
+    if device.type == "cuda" and not scaler.is_enabled():
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # An epoch's random numbers depend on seed and epoch alone, so a resumed run draws the same
