@@ -9,13 +9,13 @@
     python aae.py                                    MNIST, 8 latent dimensions, 20 epochs
     python aae.py --z-dim 2                          a latent space that can be looked at
     python aae.py --lam 1                            a plain autoencoder
-    python aae.py --z-dim 20 --posterior gaussian    a stochastic encoder; another is universal
+    python aae.py --z-dim 20 --posterior gaussian    a stochastic encoder (universal: another)
     python aae.py --dataset photos --image-size 32   your own pictures, all below photos/
     python aae.py --resume DIR --epochs 40           go on after a stop, or beyond the end
 
-The algorithm is all down to AdversarialAE, and train_step in main; the rest is a measure, speed,
-files and pictures. Q2.1, Q2.2, ... mark answers to the questions of the University of Amsterdam's
-Deep Learning Practical 3 (2023). Shapes: B images in a batch, C channels of H x W pixels.
+The algorithm is everything down to AdversarialAE, and train_step in main; the rest is a distance,
+speed, files and pictures. Q2.1, Q2.2, ... mark answers to the questions of the University of
+Amsterdam's Deep Learning Practical 3 (2023). Shapes: B images in a batch, C channels of H x W.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         if self.posterior == "universal":
             noise = torch.randn(len(h), self.noise_dim, device=h.device, dtype=h.dtype)
             h = torch.cat([h, noise], 1)
-        out = self.out(h).float()  # train_step's 16 bits are too few for what follows
+        out = self.out(h).float()  # losses, exp and noise need more than train_step's 16 bits
         if self.posterior != "gaussian":
             return out
         mean, log_std = out.chunk(2, dim=1)  # [B, z_dim] each
@@ -96,16 +96,16 @@ class Decoder(nn.Module):
     def __init__(self, z_dim=8, num_filters=32, channels=1, image_size=28):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
-        half, quarter, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # A size s becomes 2s - 1 + output_padding, which is 1 if the result has to be even.
+        half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
+        # From size s to 2s - 1, or with an output_padding of 1 to 2s, if the wanted size is even
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.ReLU(),
-            nn.Unflatten(1, (2 * f, eighth, eighth)),                     # 4x4
-            nn.ConvTranspose2d(2 * f, 2 * f, output_padding=1 - quarter % 2, **up), nn.ReLU(),
-            nn.Conv2d(2 * f, 2 * f, 3, padding=1), nn.ReLU(),             # 7x7
-            nn.ConvTranspose2d(2 * f, f, output_padding=1 - half % 2, **up), nn.ReLU(),
-            nn.Conv2d(f, f, 3, padding=1), nn.ReLU(),                     # 14x14
-            nn.ConvTranspose2d(f, channels, output_padding=1 - image_size % 2, **up))  # 28x28
+            nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
+            nn.ConvTranspose2d(2 * f, 2 * f, output_padding=1 - fourth % 2, **up), nn.ReLU(),  # 7x7
+            nn.Conv2d(2 * f, 2 * f, 3, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(2 * f, f, output_padding=1 - half % 2, **up), nn.ReLU(),      # 14x14
+            nn.Conv2d(f, f, 3, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(f, channels, output_padding=1 - image_size % 2, **up))        # 28x28
 
     def forward(self, z):
         return self.net(z).float().tanh()
@@ -137,7 +137,7 @@ class AdversarialAE(nn.Module):
         self.encoder = Encoder(z_dim, posterior, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
         self.discriminator = Discriminator(z_dim)
-        # From orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) it learns faster at first.
+        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, for all alike
         for layer in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
@@ -154,7 +154,7 @@ class AdversarialAE(nn.Module):
         return self.decoder(z), z
 
     def autoencoder_loss(self, x, recon, z, lam):
-        """The loss of encoder and decoder, lam * rec + (1 - lam) * gen. -> loss, rec, gen
+        """The loss of encoder and decoder -> loss = lam * rec + (1 - lam) * gen, rec, gen
 
         x, recon [B, C, H, W], z [B, z_dim], 0 <= lam <= 1; the results are means over the batch.
         rec is the squared error per pixel; gen, in nats, is low if codes fool the discriminator.
@@ -162,7 +162,7 @@ class AdversarialAE(nn.Module):
         Q2.2: a GAN may draw a few kinds of images only. Here rec asks for every image of the data.
         Q2.3b: lambda 1 ignores the codes' distribution, lambda 0 ignores the reconstruction. If D
         can only guess, gen is ln 2 = 0.69; a trained model's rec is a few hundredths. So lambda has
-        to be close to 1 to give both a weight.
+        to be close to 1 (the practical takes 0.995).
         """
         rec = F.mse_loss(recon, x)
         # -log D(E(x)) instead of log(1 - D(E(x))), as in Goodfellow et al. (2014): the same aim,
@@ -179,7 +179,7 @@ class AdversarialAE(nn.Module):
         the prior, the best possible loss is ln 2 and the accuracy 0.5: success, not failure.
         """
         real, fake = self.discriminator(torch.cat([torch.randn_like(z), z])).chunk(2)  # [B, 1] each
-        # Q2.3a: the objective's two terms in D, with a minus sign. The factors do not matter here.
+        # Q2.3a: minus the objective's two terms in D. Their factors do not change the best D.
         loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))  # -log D(z)
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
@@ -210,7 +210,7 @@ def sliced_wasserstein(a, b, num_projections=200):
 def evaluate(model, images, num_pairs=1):
     """uint8 images [N, C, H, W] -> mean squared error per pixel, codes [N, z_dim] on the CPU, and
     their distance to N draws of the prior, in units of the distance between two sets of N draws:
-    near 1 is a match. Both are means over num_pairs pairs of sets. Sets torch's seed."""
+    near 1 is a match. Takes the mean over num_pairs pairs of sets. Sets torch's seed."""
     torch.manual_seed(0)  # the same noise each time
     squared_error, codes = 0, []
     for part in images.split(100):
@@ -221,8 +221,8 @@ def evaluate(model, images, num_pairs=1):
     codes = torch.cat(codes).cpu().double()
     draws, others = torch.randn(2, num_pairs, *codes.shape, dtype=torch.float64)
     distance = sum(sliced_wasserstein(codes, draw) for draw in draws)
-    floor = sum(sliced_wasserstein(other, draw) for other, draw in zip(others, draws, strict=True))
-    return (squared_error / len(images)).item(), codes, distance / floor
+    unit = sum(sliced_wasserstein(other, draw) for other, draw in zip(others, draws, strict=True))
+    return (squared_error / len(images)).item(), codes, distance / unit
 
 
 # -- Pictures ---------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def evaluate(model, images, num_pairs=1):
 
 @torch.no_grad()
 def save_pictures(model, images, labels, codes, run, epoch):
-    """Save samples, and of validation images, uint8 [N, C, H, W], ten reconstructions (Q2.4 to
-    Q2.7) and all codes [N, z_dim] beside the prior."""
+    """Save the pictures for Q2.4 to Q2.7 in the folder `run`: samples, reconstructions of ten of
+    the images (uint8 [N, C, H, W]), and the codes [N, z_dim] of all beside the prior."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", (model.sample(64) + 1) / 2,
                        columns=8)
@@ -271,21 +271,20 @@ def main(argv=None):
     add("--d-lr", type=number(float, 0), default=5e-4, help="highest rate of the discriminator")
     common.add_image_arguments(parser, batch_size=64)
     common.add_run_arguments(parser)
-    # With --resume args are the run's own, and checkpoint its last.pt, otherwise None.
+    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={"epochs", "ae_lr", "d_lr"})
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)  # float32 or bfloat16
     torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, torch's default for convolutions
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
     train, val, test, val_labels = common.load_images(args, device)  # uint8 [N, C, H, W]
 
     # -- Model and optimizers -----------------------------------------------------------------
     torch.manual_seed(args.seed)
     config = {"z_dim": args.z_dim, "posterior": args.posterior, "num_filters": args.num_filters,
               "channels": train.shape[1], "image_size": args.image_size}
-    model = AdversarialAE(**config)
-    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    # Encoder and decoder learn by Muon (see common.py) and Adam, as in vae.py.
+    model = AdversarialAE(**config).to(device, memory_format=torch.channels_last)  # fastest layout
+    # Matrices and kernels of encoder and decoder learn faster by Muon (see common.py).
     ae_parameters = [p for name, p in model.named_parameters() if "discriminator" not in name]
     matrices = [p for p in ae_parameters if p.dim() in (2, 4)]
     others = [p for p in ae_parameters if p.dim() not in (2, 4)]  # biases
@@ -302,7 +301,8 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         rows = checkpoint["rows"]
-    # The rates of each step are filled into these tensors: a CUDA graph would not see new numbers.
+    # The loop fills each step's rates into these tensors: a CUDA graph would not see new numbers.
+    # Set here, because load_state_dict replaces them.
     ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
     for optimizer, lr in zip(optimizers, (ae_lr, ae_lr, d_lr), strict=True):
         for group in optimizer.param_groups:
@@ -328,7 +328,7 @@ def main(argv=None):
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # Both in one step, as in the practical; in the paper phase 2 lies between them.
+        # The paper does these two in two steps, with phase 2 between them; the practical in one.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -346,13 +346,13 @@ def main(argv=None):
         d_optimizer.zero_grad()
         return torch.stack([rec, gen, disc, accuracy]).detach()
 
-    # On CUDA the step is recorded (once for each batch size), then replayed. A Python number in it
-    # is frozen: if you let, say, args.lam change, make it a tensor that is filled like ae_lr.
+    # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
+    # numbers in it are frozen: a lambda that you let change has to be a tensor, filled like ae_lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same numbers as
-        # an uninterrupted one. (The hash of a pair of integers is the same in every process.)
+        # an uninterrupted one. (A pair of integers has the same hash in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
         model.train()  # of no effect, until you add a layer such as Dropout
@@ -360,7 +360,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # The rates rise in the first tenth of all steps, then fall to zero.
+            # Up in the first tenth of all epochs, then down to zero. An extension lifts the rates.
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             scale = min(progress / 0.1, (1 - progress) / 0.9)
             ae_lr.fill_(args.ae_lr * scale)
@@ -390,7 +390,7 @@ def main(argv=None):
 
     # -- Test the last model ------------------------------------------------------------------
     model.eval()
-    _, _, val_distance = evaluate(model, val, num_pairs=5)  # more exact than a row's
+    _, _, val_distance = evaluate(model, val, num_pairs=5)  # more exact than of one pair
     test_mse, _, test_distance = evaluate(model, test, num_pairs=5)
     print(f"test: mse {test_mse:.4f} | distance of the codes to the prior (best: near 1) "
           f"{val_distance:.2f} val {test_distance:.2f} test")

@@ -24,14 +24,14 @@ class UserError(Exception):
 def run_script(main, torchrun=False):
     """Call main(). A UserError, or an error of the system such as a missing file, ends the script
     in one line and status 2. torchrun: whether main works in several processes."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, which `!python` inherits, would fail
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails with a notebook's, if inherited
     script = Path(sys.argv[0]).name
     try:
         if not torchrun and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("this script trains in one process: start it without torchrun")
         main()
     except (UserError, OSError) as error:
-        if torchrun or os.environ.get("RANK", "0") == "0":
+        if torchrun or os.environ.get("RANK", "0") == "0":  # else all processes say the same
             print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -59,8 +59,8 @@ def write_json(path, *rows, indent=None):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain Python values, among them "model", the weights, and "args",
-    the script's. Raises UserError if a weight is inf or nan."""
+    """Write a dict of tensors and plain Python values, with "model" (a state_dict), "args" (a dict)
+    and more. Raises UserError if a weight is inf or nan."""
     if not all(weights.isfinite().all() for weights in checkpoint["model"].values()):
         raise UserError("the weights are no longer finite: start again with a lower learning rate "
                         f"({path.parent} holds what was saved before)")
@@ -106,7 +106,7 @@ def number(kind, low, high=2**31):
     return parse
 
 
-# --dataset -> torchvision's class, and the folder in which that looks for its files
+# --dataset -> the name of torchvision's class, which is also the name of its folder
 DATASETS = {"auto": "MNIST", "mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 
 
@@ -117,10 +117,11 @@ def add_image_arguments(parser, batch_size):
     add("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     add("--batch-size", type=number(int, 1), default=batch_size, help="images per step")
     add("--dataset", type=lambda text: text if text in names else os.path.abspath(text),
-        default="auto", metavar="|".join([*names, "DIR"]), help="auto: mnist, or glyphs (digits "
-        "drawn from fonts) if it cannot be downloaded; DIR: all pictures below a folder of yours")
+        default="auto", metavar="|".join([*names, "DIR"]), help="auto: mnist, or without its files "
+        "and a network glyphs, digits drawn from fonts; DIR: all pictures below a folder of yours")
     add("--image-size", type=number(int, 8), metavar="N", help="own pictures are cut to squares "
         "and scaled to N x N pixels (32 if not given)")
+    parser.set_defaults(num_images=None)  # load_images counts them
 
 
 def add_run_arguments(parser):
@@ -142,8 +143,8 @@ def add_run_arguments(parser):
 
 def parse_args(parser, argv, may_change):
     """-> the arguments, and with --resume the checkpoint last.pt, else None. With --resume the
-    run's own arguments are the defaults. Flags in may_change, and those that say where to compute
-    and where data is, may be given again with another value: raises UserError for others."""
+    run's own arguments are the defaults. Those in may_change, --device, --no-amp and --data-dir may
+    be given again with another value: raises UserError for others."""
     args = parser.parse_args(argv)
     if args.resume is None:
         return args, None
@@ -163,7 +164,7 @@ def parse_args(parser, argv, may_change):
 
 def pick_device(name, amp):
     """-> torch.device, and the dtype for autocast: bfloat16 if amp is wanted and a CUDA device has
-    it, else float32, which means none. Raises UserError if the device `name` is not there."""
+    it, else float32 (no autocast). Raises UserError if the device `name` is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not {"cuda": torch.cuda, "mps": torch.backends.mps}[name].is_available():
@@ -173,8 +174,8 @@ def pick_device(name, amp):
 
 
 def cuda_graph(step):
-    """Record the kernels of step(*tensors) once for each shape of the tensors, at its fourth call,
-    then replay them with a single launch: small kernels take longer to launch than to compute.
+    """Record the kernels of step(*tensors) at the fourth call with tensors of these shapes, and
+    replay them with a single launch: small kernels take longer to launch than to compute.
 
     step must not read a value back to the CPU, as .item() does. Anything kept between calls
     (weights, optimizer state, the learning rate) must be a CUDA tensor that is updated in place.
@@ -236,8 +237,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["mean"] = torch.zeros_like(weight)  # moving average of the gradients
+                # mean = momentum * mean + (1 - momentum) * gradient, and Nesterov's: once more
                 state["mean"].lerp_(weight.grad, 1 - momentum)
-                # Nesterov's momentum: momentum * mean + (1 - momentum) * gradient
                 updates.append(weight.grad.lerp(state["mean"], momentum).flatten(1))
             updates = orthogonalize(torch.stack(updates))  # [n, rows, columns]
             # Entries of U V^T have a root mean square of 1 / sqrt(longer side), those of Adam's
@@ -245,15 +246,15 @@ class Muon(torch.optim.Optimizer):
             updates *= lr * 0.2 * math.sqrt(max(updates.shape[1:]))
             for weight, update in zip(group["params"], updates, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"])
-                weight.sub_(update.view(weight.shape))
+                weight.sub_(update.reshape(weight.shape))
 
 
 # -- Images -----------------------------------------------------------------------------------
 
 
 def render_glyphs():
-    """A stand-in for MNIST that needs no network: digits in matplotlib's own fonts, each turned,
-    slanted, scaled and shifted at random. -> uint8 images [70000, 1, 28, 28], labels [70000]"""
+    """A stand-in for MNIST that needs no network: digits in matplotlib's own fonts, each distorted
+    and shifted at random. -> uint8 images [70000, 1, 28, 28], labels [70000]"""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -270,13 +271,13 @@ def render_glyphs():
     generator = torch.Generator().manual_seed(0)
     choice = torch.randint(len(stamps), (70_000,), generator=generator)
     noise = torch.randn(70_000, 2, 3, generator=generator) * torch.tensor([0.12, 0.12, 0.06])
-    # From an image's coordinates to its stamp's: [[scale, slant, shift], [slant, scale, shift]]
+    # From coordinates of the image to those of its stamp; 1.1 makes the digit smaller.
     affine = torch.tensor([[1.1, 0, 0], [0, 1.1, 0]]) + noise
     images = []
     for part in torch.arange(70_000).split(5000):  # all at once would take gigabytes
         grid = F.affine_grid(affine[part], [len(part), 1, 28, 28], align_corners=False)
         images.append(F.grid_sample(stamps[choice[part]], grid, align_corners=False).byte())
-    return torch.cat(images), choice % 10
+    return torch.cat(images), choice % 10  # ten stamps a font
 
 
 def read_dataset(name, data_dir):
@@ -292,12 +293,12 @@ def read_dataset(name, data_dir):
     try:
         train = dataset(data_dir, train=True, download=True)
         test = dataset(data_dir, train=False)
-    except (RuntimeError, ValueError, AssertionError) as error:  # no network, or damaged files
+    except (RuntimeError, ValueError, AssertionError, TimeoutError) as error:
         if all((raw / file.removesuffix(".gz")).is_file() for file, _ in dataset.resources):
             raise UserError(f"a file in {raw} is damaged: delete this folder") from error
         message = (f"{DATASETS[name]} is not in {raw}, and cannot be downloaded: run once online, "
                    f"or pass --data-dir, or --dataset glyphs ({str(error).splitlines()[-1]})")
-        if name != "auto" or data_dir != os.path.abspath("data"):  # somebody asked for MNIST
+        if name != "auto" or data_dir != os.path.abspath("data"):  # --dataset or --data-dir given
             raise UserError(message) from error
         print(f"warning: {message}. Now glyphs stand in.", file=sys.stderr)
         return "glyphs", *render_glyphs()
@@ -334,10 +335,10 @@ def read_pictures(folder, size):
 
 def load_images(args, device):
     """Read the images of --dataset into memory. -> train, val and test, uint8 [N, C, H, W] on the
-    device, and for the plots the labels of val, int64 [N] on the CPU. Sets args.dataset to the
-    choice of "auto", args.image_size and args.num_images to what was read."""
+    device, and for the plots the labels of val, int64 [N] on the CPU. Puts into args what was read:
+    dataset (no longer "auto"), image_size and num_images."""
     generator = torch.Generator().manual_seed(42)  # the same split whatever --seed is
-    if os.path.isabs(args.dataset):
+    if os.path.isabs(args.dataset):  # a folder: add_image_arguments makes its path absolute
         images, labels = read_pictures(args.dataset, args.image_size or 32)
         order = torch.randperm(len(images), generator=generator)
         tenth = len(images) // 10
@@ -347,11 +348,11 @@ def load_images(args, device):
         order = torch.randperm(60_000, generator=generator)
         order = torch.cat([order, torch.arange(60_000, 70_000)])  # the test set stays what it is
         sizes = [54_000, 6_000, 10_000]
-    for name, value in (("image_size", images.shape[-1]), ("num_images", len(images))):
-        expected = getattr(args, name, None)  # --image-size, or the number in a run to go on with
-        if expected not in (None, value):
-            raise UserError(f"{name} of {args.dataset} is {value:,}, not {expected:,}")
-        setattr(args, name, value)
+    if args.image_size not in (None, images.shape[-1]):
+        raise UserError(f"--image-size is for own pictures; {args.dataset} has 28 x 28 pixels")
+    if args.num_images not in (None, len(images)):
+        raise UserError(f"{args.dataset} has {len(images)} images, not {args.num_images} as before")
+    args.image_size, args.num_images = images.shape[-1], len(images)
     train, val, test = order.split(sizes)
     if args.limit:
         few = max(1, args.limit // 10)
@@ -364,14 +365,14 @@ def load_images(args, device):
 
 def prior_grid(size):
     """size x size points z of a plane. On each axis they lie at the quantiles (i + 0.5) / size of
-    the prior N(0, 1). -> [size**2, 2], in rows from the highest z[1], each from the lowest z[0]"""
+    the prior N(0, 1). -> [size**2, 2], row by row: z[1] falls downwards, z[0] grows rightwards"""
     ticks = torch.special.ndtri((torch.arange(size) + 0.5) / size)  # the normal's inverse CDF
     z0, z1 = torch.meshgrid(ticks, ticks.flip(0), indexing="xy")
     return torch.stack([z0.flatten(), z1.flatten()], 1)
 
 
 def ten_examples(labels):
-    """-> the indices of ten images: the first of each label, then others"""
+    """-> the indices of up to ten images: the first of each label, then others"""
     firsts = [(labels == label).nonzero()[0].item() for label in labels.unique()]
     return torch.tensor([*dict.fromkeys([*firsts, *range(len(labels))])][:10])
 
@@ -401,7 +402,7 @@ def save_scatter(path, z, labels):
 
 
 def save_curves(path, rows, columns, ylabel, x="epoch"):
-    """Plot row[column] over row[x] for each of `columns`. The y-axis fits the rows after the first,
+    """Plot row[column] over row[x] for each of `columns`. The y-axis does not fit the first row,
     whose values are so high that the rest would look flat."""
     from matplotlib.figure import Figure
 

@@ -9,7 +9,7 @@
     python vae.py --dataset photos --image-size 32      your own pictures, all below photos/
     python vae.py --resume DIR --epochs 40              go on after a stop, or beyond the end
 
-The algorithm is all down to log_likelihood, and train_step in main; the rest is speed, files and
+The algorithm is everything above test_results, and train_step in main; the rest is speed, files and
 pictures. Q1.1, Q1.2, ... mark answers to the questions of the University of Amsterdam's Deep
 Learning Practical 3 (2023), which trains for 80 epochs with Adam at 1e-3 and batches of 128.
 Shapes: B images in a batch, C channels of H x W pixels, D = z_dim, K = 16 values of a pixel.
@@ -39,7 +39,7 @@ def to_4_bits(images):
 
 
 def sample_reparameterize(mean, std):
-    """Draw from N(mean, std^2), in the shape of mean and std. Gradients pass through the draw.
+    """Draw z from N(mean, std^2), in the shape of mean and std.
 
     Q1.6: a draw has no derivative. Here only the noise is drawn, and z is a differentiable function
     of mean and std.
@@ -65,8 +65,8 @@ def kl_divergence(mean, log_std):
 
 
 def elbo_to_bpd(elbo, img_shape):
-    """Nats per image -> bits for each of its C * H * W values. elbo, a name from the practical, is
-    our loss, the lower bound with a minus sign. img_shape: [B, C, H, W]"""
+    """Nats per image -> bits for each of its C * H * W values. elbo, as the practical calls it, is
+    *minus* the lower bound, our loss. img_shape: [B, C, H, W]"""
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
 
@@ -94,28 +94,28 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.net(x / (NUM_VALUES - 1))  # 0..15 -> 0..1
-        # float(): train_step's 16 bits are too few for tanh and exp. tanh keeps log std in -5..5,
+        # float(): the loss needs more than the 16 bits of train_step. tanh keeps log std in -5..5,
         # so exp cannot overflow; unlike clamp it always has a slope.
         return self.mean(h).float(), 5 * torch.tanh(self.log_std(h).float() / 5)
 
 
 class Decoder(nn.Module):
-    """p(x|z): latents [B, D] -> logits [B, K, C, H, W], one categorical for each pixel."""
+    """p(x|z): latents [B, D] -> logits [B, K, C, H, W], a categorical per pixel and channel."""
 
     def __init__(self, z_dim=20, num_filters=32, channels=1, image_size=28):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
-        half, quarter, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # A size s becomes 2s - 1 + output_padding, which is 1 if the result has to be even.
+        half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
+        # From size s to 2s - 1, or with an output_padding of 1 to 2s, if the wanted size is even
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.GELU(),
-            nn.Unflatten(1, (2 * f, eighth, eighth)),                     # 4x4
-            nn.ConvTranspose2d(2 * f, 2 * f, output_padding=1 - quarter % 2, **up), nn.GELU(),
-            nn.Conv2d(2 * f, 2 * f, 3, padding=1), nn.GELU(),             # 7x7
-            nn.ConvTranspose2d(2 * f, f, output_padding=1 - half % 2, **up), nn.GELU(),
-            nn.Conv2d(f, f, 3, padding=1), nn.GELU(),                     # 14x14
+            nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
+            nn.ConvTranspose2d(2 * f, 2 * f, output_padding=1 - fourth % 2, **up), nn.GELU(),  # 7x7
+            nn.Conv2d(2 * f, 2 * f, 3, padding=1), nn.GELU(),
+            nn.ConvTranspose2d(2 * f, f, output_padding=1 - half % 2, **up), nn.GELU(),      # 14x14
+            nn.Conv2d(f, f, 3, padding=1), nn.GELU(),
             nn.ConvTranspose2d(f, NUM_VALUES * channels, output_padding=1 - image_size % 2, **up),
-            nn.Unflatten(1, (NUM_VALUES, channels)))                      # [B, K, C, 28, 28]
+            nn.Unflatten(1, (NUM_VALUES, channels)))                             # [B, K, C, 28, 28]
 
     def forward(self, z):
         return self.net(z).float()
@@ -130,17 +130,15 @@ class VAE(nn.Module):
         self.image_shape = (channels, image_size, image_size)
         self.encoder = Encoder(z_dim, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
-        # From orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) it learns faster at first.
+        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, for all alike
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        """Images [B, C, H, W] of integers 0..15 -> rec, kl: means over the batch, nats per image.
-
-        rec is -log p(x|z), kl is KL(q(z|x) || N(0, I)), and their sum is the loss.
-        """
+        """Images [B, C, H, W] of integers 0..15 -> the two terms of the loss, rec = -log p(x|z) and
+        kl = KL(q(z|x) || N(0, I)), means over the batch in nats per image."""
         assert not x.is_floating_point() and x.shape[1:] == self.image_shape, \
             f"expected integers {['B', *self.image_shape]}, not {x.dtype} {[*x.shape]}"
         mean, log_std = self.encoder(x)
@@ -174,9 +172,10 @@ def log_likelihood(model, x, num_samples, from_prior=False):
     arXiv:1509.00519), which for one draw is the lower bound. With from_prior r(z) is p(z), so w is
     p(x|z). On average both are below log p(x), and come closer with more draws.
 
+    Q1.2: draws from the prior are inefficient. Hardly any of them explains a given x, and fewer do
+    with each dimension of z.
     Q1.3, Q1.4: the lower bound is below log p(x) by KL(q(z|x) || p(z|x)), which is never negative.
-    Training raises log p(x) and narrows this gap. Q1.2: draws from the prior are inefficient.
-    Hardly any of them explains a given x, and fewer do with each dimension of z.
+    Raising the bound raises log p(x) or narrows this gap.
     """
     mean, log_std = model.encoder(x)
     if from_prior:
@@ -202,11 +201,12 @@ def evaluate(model, images):
 
 
 def test_results(model, images):
-    """Print and return what a trained model reaches: test_bpd, and the rest in nats per image."""
+    """Print and return what a trained model reaches: test_bpd, test_rec and test_kl of all images,
+    and to save time the estimates of log p(x) of a tenth of them."""
     rec, kl = evaluate(model, images)
     bpd = elbo_to_bpd(rec + kl, images.shape)
     print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
-    x = images[::10]  # not the first tenth, because MNIST's test images are sorted by writers
+    x = images[::10]  # not the first tenth: MNIST's test images are sorted by writers
     bound = -sum(evaluate(model, x))
     weighted, prior = 0, 0
     for part in tqdm(x.split(100), "log p(x)", disable=None, leave=False):
@@ -237,14 +237,14 @@ def visualize_manifold(decoder, grid_size=20):
 
 @torch.no_grad()
 def save_pictures(model, images, labels, run, epoch):
-    """Save samples (Q1.8), reconstructions of ten validation images, and if z has two dimensions
-    the plane and the places of all validation images [N, C, H, W]."""
+    """Save pictures in the folder `run`: samples (Q1.8), ten reconstructions, and if z has two
+    dimensions the manifold and the latents of all images [N, C, H, W], coloured by label."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     samples = model.sample(64) / (NUM_VALUES - 1)
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", samples, columns=8)
     originals = images[common.ten_examples(labels)]
     means, _ = model.encoder(originals)
-    rebuilt = mean_image(model.decoder(means))
+    rebuilt = mean_image(model.decoder(means))  # from the mean of q(z|x)
     common.save_images(run / "reconstructions.png",
                        torch.cat([originals / (NUM_VALUES - 1), rebuilt]), columns=len(originals))
     if model.z_dim == 2:
@@ -265,12 +265,12 @@ def main(argv=None):
     add("--lr", type=number(float, 0), default=5e-3, help="highest learning rate")
     common.add_image_arguments(parser, batch_size=64)
     common.add_run_arguments(parser)
-    # With --resume args are the run's own, and checkpoint its last.pt, otherwise None.
+    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={"epochs", "lr"})
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)  # float32 or bfloat16
     torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, torch's default for convolutions
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
     train, val, test, val_labels = common.load_images(args, device)  # uint8 [N, C, H, W]
     train, val, test = to_4_bits(train), to_4_bits(val), to_4_bits(test)
 
@@ -278,9 +278,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = {"z_dim": args.z_dim, "num_filters": args.num_filters,
               "channels": train.shape[1], "image_size": args.image_size}
-    model = VAE(**config)
-    model.to(device, memory_format=torch.channels_last)  # the layout convolutions are fastest in
-    # Matrices and kernels learn faster by Muon (see common.py): after 4 epochs validation is at
+    model = VAE(**config).to(device, memory_format=torch.channels_last)  # fastest for convolutions
+    # Matrices and kernels learn faster by Muon (see common.py): with --epochs 4 validation ends at
     # 0.535 bpd, and at 0.544 if Adam trains all.
     matrices = [p for p in model.parameters() if p.dim() in (2, 4)]
     others = [p for p in model.parameters() if p.dim() not in (2, 4)]  # biases
@@ -293,7 +292,8 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         rows = checkpoint["rows"]
-    # The rate of each step is filled into this tensor: a CUDA graph would not see a new number.
+    # The loop fills each step's rate into this tensor: a CUDA graph would not see a new number. Set
+    # here, because load_state_dict replaces it.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -321,13 +321,13 @@ def main(argv=None):
             optimizer.zero_grad()
         return torch.stack([rec, kl]).detach()
 
-    # On CUDA the step is recorded (once for each batch size), then replayed. A Python number in it
-    # is frozen: if you add, say, a KL weight that grows, make it a tensor that is filled like lr.
+    # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
+    # numbers in it are frozen: a KL weight that you let grow has to be a tensor, filled like lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same numbers as
-        # an uninterrupted one. (The hash of a pair of integers is the same in every process.)
+        # an uninterrupted one. (A pair of integers has the same hash in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
         began = time.perf_counter()
         model.train()  # of no effect, until you add a layer such as Dropout
@@ -335,7 +335,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # The rate rises in the first tenth of all steps, then falls to zero.
+            # Up in the first tenth of all epochs, then down to zero. An extension lifts the rate.
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             lr.fill_(args.lr * min(progress / 0.1, (1 - progress) / 0.9))
             sums += train_step(indices) * len(indices)
@@ -348,7 +348,8 @@ def main(argv=None):
                "train_bpd": elbo_to_bpd(train_rec + train_kl, train.shape),
                "val_bpd": elbo_to_bpd(val_rec + val_kl, val.shape)}
         rows.append(row)
-        saved = {"model": model.state_dict(), "config": config, "args": vars(args), "rows": rows}
+        saved = {"model": model.state_dict(), "config": config, "epoch": epoch, "rows": rows,
+                 "args": vars(args)}
         if row["val_bpd"] == min(r["val_bpd"] for r in rows):
             common.save_checkpoint(run / "best.pt", saved)
         common.write_json(run / "metrics.jsonl", *rows)
@@ -363,12 +364,11 @@ def main(argv=None):
                                "bits per dimension")
 
     # -- Test the model that is best on the validation images ---------------------------------
-    best = common.load_checkpoint(run / "best.pt", parser.prog)
+    best = common.load_checkpoint(run / "best.pt", script=parser.prog)
     model.load_state_dict(best["model"])
-    epoch = best["rows"][-1]["epoch"]
-    results = test_results(model.eval(), test) | {"epoch": epoch}
+    results = test_results(model.eval(), test) | {"epoch": best["epoch"]}
     common.write_json(run / "test.json", results, indent=2)
-    print(f"{name}, the best in validation: epoch {epoch} of {len(rows)} -> {run}")
+    print(f"{name}, the best in validation: epoch {best['epoch']} of {len(rows)} -> {run}")
 
 
 if __name__ == "__main__":
