@@ -287,7 +287,7 @@ def main(argv=None):
     # Matrices and kernels of encoder and decoder learn faster by Muon (see common.py).
     ae_parameters = [p for name, p in model.named_parameters() if "discriminator" not in name]
     matrices = [p for p in ae_parameters if p.dim() in (2, 4)]
-    others = [p for p in ae_parameters if p.dim() not in (2, 4)]  # biases
+    others = [p for p in ae_parameters if p.dim() not in (2, 4)]  # biases, and scalars you add
     optimizers = [
         common.Muon(matrices, args.ae_lr, weight_decay=0.1),
         torch.optim.Adam(others, args.ae_lr, betas=(0.9, 0.99), fused=True,
@@ -316,8 +316,8 @@ def main(argv=None):
     run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
     common.write_json(run / "args.json", vars(args), indent=2)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; "
-          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images; {len(rows)} of "
-          f"{args.epochs} epochs done; after a stop go on with --resume {run}", flush=True)
+          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images {[*test.shape[1:]]}; "
+          f"{len(rows)} of {args.epochs} epochs done; after a stop: --resume {run}", flush=True)
     if not rows:
         _, codes, _ = evaluate(model.eval(), val)
         save_pictures(model, val, val_labels, codes, run, epoch=0)
@@ -347,7 +347,7 @@ def main(argv=None):
         return torch.stack([rec, gen, disc, accuracy]).detach()
 
     # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
-    # numbers in it are frozen: a lambda that you let change has to be a tensor, filled like ae_lr.
+    # numbers in it are frozen: a lambda that is to change has to be a tensor, by fill_, like ae_lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):

@@ -282,7 +282,7 @@ def main(argv=None):
     # Matrices and kernels learn faster by Muon (see common.py): with --epochs 4 validation ends at
     # 0.535 bpd, and at 0.544 if Adam trains all.
     matrices = [p for p in model.parameters() if p.dim() in (2, 4)]
-    others = [p for p in model.parameters() if p.dim() not in (2, 4)]  # biases
+    others = [p for p in model.parameters() if p.dim() not in (2, 4)]  # biases, and scalars you add
     optimizers = [common.Muon(matrices, args.lr, weight_decay=0.05),
                   torch.optim.Adam(others, args.lr, betas=(0.9, 0.99), fused=True,
                                    capturable=True)]  # for common.cuda_graph
@@ -305,8 +305,8 @@ def main(argv=None):
     run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
     common.write_json(run / "args.json", vars(args), indent=2)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; "
-          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images; {len(rows)} of "
-          f"{args.epochs} epochs done; after a stop go on with --resume {run}", flush=True)
+          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images {[*test.shape[1:]]}; "
+          f"{len(rows)} of {args.epochs} epochs done; after a stop: --resume {run}", flush=True)
     if not rows:
         save_pictures(model.eval(), val, val_labels, run, epoch=0)
 
@@ -322,7 +322,7 @@ def main(argv=None):
         return torch.stack([rec, kl]).detach()
 
     # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
-    # numbers in it are frozen: a KL weight that you let grow has to be a tensor, filled like lr.
+    # numbers in it are frozen: a KL weight that you let grow has to be a tensor, by fill_, like lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
