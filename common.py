@@ -210,7 +210,8 @@ def orthogonalize(matrices):
     x = x.mT if tall else x  # [n, short, long]: the products below are small
     for _ in range(5):
         xx = x @ x.mT  # [n, short, short]
-        x = 3.4445 * x + (2.0315 * xx @ xx - 4.7750 * xx) @ x
+        # 3.4445 x + (2.0315 xx xx - 4.7750 xx) x
+        x = torch.baddbmm(x, 2.0315 * xx @ xx - 4.7750 * xx, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -236,11 +237,10 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
-                    state["mean"] = torch.zeros_like(weight)  # moving average of the gradients
-                # mean = momentum * mean + (1 - momentum) * gradient, and Nesterov's: once more
-                state["mean"].lerp_(weight.grad, 1 - momentum)
-                updates.append(weight.grad.lerp(state["mean"], momentum).flatten(1))
-            updates = orthogonalize(torch.stack(updates))  # [n, rows, columns]
+                    state["mean"] = torch.zeros_like(weight)
+                state["mean"].lerp_(weight.grad, 1 - momentum)  # moving average of the gradients
+                updates.append(weight.grad.lerp(state["mean"], momentum))  # Nesterov's momentum
+            updates = orthogonalize(torch.stack(updates).flatten(2))  # [n, rows, columns]
             # Entries of U V^T have a root mean square of 1 / sqrt(longer side), those of Adam's
             # updates one of about 0.2.
             updates *= lr * 0.2 * math.sqrt(max(updates.shape[1:]))
