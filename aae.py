@@ -249,7 +249,7 @@ def save_pictures(model, images, labels, codes, run, epoch):
 
         figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
         axes = figure.add_subplot(xlabel="a code's values; black: the prior", ylabel="density")
-        axes.hist(codes.numpy(), bins=100, histtype="step", density=True)  # one line a dimension
+        axes.hist(codes.numpy(), bins=50, histtype="step", density=True)  # one line a dimension
         z = torch.linspace(-4, 4, 200)
         axes.plot(z, torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi), "k", linewidth=2)
         axes.set_ylim(0, 1)
