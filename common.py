@@ -44,12 +44,15 @@ def run_script(main, torchrun=False):
 
 def save(path, write):
     """Let write(file) fill a temporary file, then rename it to `path`, which so is always whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"  # another process may save the same file
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # another process may save the same file
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only after an error
 
 
 def write_json(path, *rows, indent=None):
@@ -210,8 +213,7 @@ def orthogonalize(matrices):
     x = x.mT if tall else x  # [n, short, long]: the products below are small
     for _ in range(5):
         xx = x @ x.mT  # [n, short, short]
-        # 3.4445 x + (2.0315 xx xx - 4.7750 xx) x
-        x = torch.baddbmm(x, 2.0315 * xx @ xx - 4.7750 * xx, x, beta=3.4445)
+        x = torch.baddbmm(x, 2.0315 * xx @ xx - 4.7750 * xx, x, beta=3.4445)  # 3.4445 x + ... @ x
     return x.mT if tall else x
 
 
@@ -220,9 +222,7 @@ class Muon(torch.optim.Optimizer):
     (Jordan et al., 2024, kellerjordan.github.io/posts/muon). Updates are scaled to the size of
     Adam's, so Adam's learning rates fit (Liu et al., 2025, arXiv:2502.16982). A convolution's
     kernel [out, in, 3, 3] counts as a matrix [out, in * 9], a transposed one's as [in, out * 9].
-
-    (torch.optim.Muon takes no kernels, and computes in bfloat16, which most CPUs only emulate.)
-    """
+    (torch.optim.Muon takes no kernels, and is in bfloat16, which most CPUs only emulate.)"""
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
         # A group holds the weights of one shape, which step() makes orthogonal together.

@@ -141,8 +141,7 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=1.0):
 
     Without do_sample, or at temperature 0, it is the most probable. Else it is drawn from
     softmax(logits / temperature), restricted to the top_k most probable tokens (None or 0: all),
-    and of these to the fewest that have a share of at least top_p (Holtzman et al., 2020,
-    arXiv:1904.09751).
+    and of these to the fewest with a share of top_p or more (Holtzman et al., arXiv:1904.09751).
     """
     if not do_sample or temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
@@ -639,9 +638,9 @@ def tokenize(path, limit, tokenizer, folder):
     token_file = folder / f"tokens-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.bin"
     if not token_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # If a special token holds white space after another character, the text is one block.
-        one_block = any(re.search(r"\S\s", text) for text in tokenizer.special)
-        blocks = read_blocks(path, limit, status.st_size + 1 if one_block else 2**20)
+        blocks = read_blocks(path, limit)
+        if any(re.search(r"\S\s", text) for text in tokenizer.special):
+            blocks = ["".join(blocks)]  # or a special token could be cut at its white space
         blocks = tqdm(blocks, "tokenizing", unit=" blocks", delay=1, leave=False, disable=None)
         common.save(token_file, lambda file: file.writelines(
             np.array(tokenizer.encode(block), np.int32) for block in blocks))
