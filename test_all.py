@@ -1072,15 +1072,20 @@ class GenerateCommand(TemporaryFolder):
 
 
 GPT_RUN = ("train --text text.txt --n-layer 2 --n-embd 32 --block-size 16 --eval-every 15 "
-           "--device cpu --max-steps").split()
+           "--device cpu")
+
+
+def write_text(path):
+    """-> a text of 5,000 characters, which come in threes, so a model learns them in a few steps"""
+    text = "".join(random.Random(0).choices(["abc", " de", "fg\n", "gab"], k=1667))[:5000]
+    Path(path).write_text(text, newline="")
+    return text
 
 
 class Training(TemporaryFolder):
     def setUp(self):
-        TemporaryFolder.setUp(self)
-        # Its characters come in threes, which a model learns in a few steps.
-        self.text = "".join(random.Random(0).choices(["abc", " de", "fg\n", "gab"], k=1667))[:5000]
-        Path("text.txt").write_text(self.text, newline="")
+        super().setUp()
+        self.text = write_text("text.txt")
         self.patch(common, "save_curves", lambda *_, **__: None)
 
     def test_the_file_of_tokens_is_made_once_for_each_text_and_tokenizer(self):
@@ -1108,7 +1113,7 @@ class Training(TemporaryFolder):
         self.patch(gpt, "windows", lambda tokens, starts, length: seen.append(
             (len(tokens), *starts)) or windows(tokens, starts, length))
         for seed in (1, 1, 2):
-            self.succeed(gpt, *GPT_RUN, 70, "--seed", seed)
+            self.succeed(gpt, *GPT_RUN.split(), "--max-steps", 70, "--seed", seed)
         seen = [starts for length, *starts in seen if length == 4500]  # those to train on
         self.assertEqual(seen[:70], seen[70:140])
         self.assertEqual(len(set(map(tuple, seen))), 140)
@@ -1121,7 +1126,8 @@ class Training(TemporaryFolder):
         byte_tokenizer("a b", "Ġ ab", special=("<|endoftext|>", "<|user|>")).save("bytes")
         for tokenizer in ("char", "bytes"):
             run = f"runs/gpt-{tokenizer}"
-            self.succeed(gpt, *GPT_RUN, 15, "--tokenizer", tokenizer, "--out-dir", run)
+            self.succeed(gpt, *GPT_RUN.split(), "--max-steps", 15, "--tokenizer", tokenizer,
+                         "--out-dir", run)
             theirs = transformers.GPT2LMHeadModel.from_pretrained(run).eval()
             ours, idx = gpt.GPT.from_pretrained(run), TOKENS[:, :16] % 9
             assert_close(ours(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
@@ -1181,13 +1187,23 @@ class Training(TemporaryFolder):
 
 # -- Runs of the scripts ----------------------------------------------------------------------
 
-# A short run of each script: 15 steps per epoch
-SHORT = {vae: "--dataset glyphs --limit 300 --batch-size 20 --num-filters 4 --device cpu",
-         aae: "--dataset glyphs --limit 300 --batch-size 20 --num-filters 4 --device cpu"}
+# A short run of each script: 15 steps in an epoch, or between two evaluations
+IMAGES = "--dataset glyphs --limit 300 --batch-size 20 --num-filters 4 --device cpu"
+SHORT = {vae: IMAGES, aae: IMAGES, gpt: GPT_RUN}
+RATES = {vae: ["--lr"], aae: ["--ae-lr", "--d-lr"], gpt: ["--lr"]}
+
+
+def length(script, epochs):
+    """-> the flag for a run's length and its value"""
+    return ["--max-steps", 15 * epochs] if script is gpt else ["--epochs", epochs]
 
 
 def short(script, epochs, *more):
-    return [*SHORT[script].split(), "--epochs", epochs, *more]
+    return [*SHORT[script].split(), *length(script, epochs), *more]
+
+
+def resume(script, run, *more):
+    return [*["train"] * (script is gpt), "--resume", run, *more]
 
 
 def no_pictures(test):
@@ -1195,17 +1211,6 @@ def no_pictures(test):
     for name in ("vae.save_pictures", "aae.save_pictures", "common.save_curves"):
         test = mock.patch(name, lambda *_, **__: None)(test)
     return test
-
-
-def content(run):
-    """-> all tensors of a run's checkpoints; all results except times"""
-    saved = {path.name: torch.load(path) for path in sorted(Path(run).glob("*.pt"))}
-    test = json.loads(Path(run, "test.json").read_text())
-    results = [{name: value for name, value in row.items()
-                if name not in ("seconds", "images_per_s")}
-               for row in (*saved["last.pt"]["rows"], *read_rows(run), test)]
-    return {name: (checkpoint["model"], checkpoint.get("optimizers"))
-            for name, checkpoint in saved.items()}, results
 
 
 def run_and_die(script, argv, instant):
@@ -1227,102 +1232,152 @@ def run_and_die(script, argv, instant):
     torch.Tensor.backward = dangerous(torch.Tensor.backward)
     os.fsync, os.replace = dangerous(os.fsync), dangerous(os.replace)
     common.render_glyphs = lambda: torch.load("glyphs.pt")
-    no_pictures(sys.modules[script].main)([str(word) for word in argv])
+    with contextlib.redirect_stdout(io.StringIO()):
+        no_pictures(sys.modules[script].main)([str(word) for word in argv])
+
+
+def start(function, *arguments):
+    """-> a process that runs function(*arguments)"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo"])  # or each process would import it
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
 class Runs(TemporaryFolder):
-    def assert_the_same_run(self, first, second):
-        (a, results), (b, other_results) = content(first), content(second)
-        identical(a, b)
-        self.assertEqual(results, other_results)
+    def setUp(self):
+        super().setUp()
+        write_text("text.txt")
+
+    def assert_the_same_run(self, first, second, error=0.0):
+        """All tensors of the checkpoints, and all results but times, are the same."""
+        contents = []
+        for run in (first, second):
+            saved = {path.name: torch.load(path) for path in sorted(Path(run).glob("*.pt"))}
+            rows = [*saved["last.pt"]["rows"], *read_rows(run)]
+            rows += [json.loads(path.read_text()) for path in Path(run).glob("test.json")]
+            for row in rows:
+                row.update(seconds=0, images_per_s=0, tokens_per_s=0)
+            contents.append([rows, *([checkpoint.get(name) or {} for checkpoint in saved.values()]
+                                     for name in ("model", "optimizers", "scaler"))])
+        assert_close(*contents, rtol=error, atol=error)
 
     @needs_processes
     @no_pictures
     def test_killed_five_times_and_resumed_ends_bit_for_bit_the_same(self):
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["torch._dynamo"])  # or each would import it
         torch.save(render_glyphs(), "glyphs.pt")
         for script in SHORT:
-            name = script.__name__
-            for run in ("whole", "killed"):
-                self.succeed(script, *short(script, 2, "--out-dir", f"{name}-{run}"))
-            self.succeed(script, "--resume", f"{name}-whole", "--epochs", 5)
+            name, more = script.__name__, ["--dropout", 0.2] * (script is gpt)
+            for run in (f"{name}-whole", f"{name}-killed"):
+                self.succeed(script, *short(script, 2, *more, "--out-dir", run))
+            extend = resume(script, f"{name}-killed", *length(script, 5))
+            self.succeed(script, *resume(script, f"{name}-whole", *length(script, 5)))
             # Counted are backward passes, and two calls for each file that is written. The first
             # writes, a step, among an epoch's last writes, a step of the next epoch, a step:
-            steps = 15 if script is vae else 30
-            for instant in (2, 12, steps + 7, steps + 15, 9):
-                process = processes.Process(target=run_and_die, args=(name, [
-                    "--resume", f"{name}-killed", "--epochs", 5], instant))
-                process.start()
+            steps = 30 if script is aae else 15
+            for instant in (2, 12, steps + 7, steps + 17, 9):
+                process = start(run_and_die, name, extend, instant)
                 process.join()
                 self.assertEqual(process.exitcode, -signal.SIGKILL)
-            self.succeed(script, "--resume", f"{name}-killed", "--epochs", 5)
+            self.succeed(script, *extend)
             self.assert_the_same_run(f"{name}-whole", f"{name}-killed")
+        identical(*(gpt.GPT.from_pretrained(f"gpt-{run}").state_dict() for run in (
+            "whole", "killed")))
 
     @no_pictures
-    def test_ctrl_c_ends_a_run_in_one_line(self):
-        for script in SHORT:
-            with mock.patch.object(common, "save_checkpoint", side_effect=KeyboardInterrupt):
-                status, _, err = run_script(script, *short(script, 1))
-            self.assertEqual((status, err.strip().count("\n")), (130, 0), err)
+    def test_16_bits_learn_as_32_do_and_after_ctrl_c_each_run_is_resumed_and_ends_the_same(self):
+        save = common.save_checkpoint
+
+        def save_and_stop(path, checkpoint):
+            save(path, checkpoint)
+            if path.name == "last.pt" and len(checkpoint["rows"]) == 1:
+                raise KeyboardInterrupt
+
+        for script, column, dtypes in (
+                (vae, "train_bpd", [torch.bfloat16]), (aae, "train_mse", [torch.bfloat16]),
+                (gpt, "train_loss", [torch.bfloat16, torch.float16])):
+            losses = {}
+            for dtype in (torch.float32, *dtypes):
+                device = torch.device("cpu"), dtype
+                self.patch(common, "pick_device", lambda *_, device=device, **__: device)
+                runs = [f"{script.__name__}-{dtype}{end}" for end in ("", "-stopped")]
+                self.succeed(script, *short(script, 3, "--out-dir", runs[0]))
+                with mock.patch.object(common, "save_checkpoint", save_and_stop):
+                    status, _, err = run_script(script, *short(script, 3, "--out-dir", runs[1]))
+                self.assertEqual((status, err.strip().count("\n")), (130, 0), err)
+                self.succeed(script, *resume(script, runs[1]))
+                self.assert_the_same_run(*runs)
+                saved = torch.load(f"{runs[0]}/last.pt")
+                self.assertEqual({w.dtype for w in saved["model"].values()}, {torch.float32})
+                losses[dtype] = saved["rows"][-1][column]
+                self.assertAlmostEqual(losses[dtype] / losses[torch.float32], 1, delta=0.03)
+        self.assertTrue(saved["scaler"])  # of float16
 
     @no_pictures
-    def test_a_finished_run_resumed_is_tested_again_and_can_be_extended_with_other_rates(self):
-        for script, rate in ((vae, "--lr"), (aae, "--d-lr")):
-            self.succeed(script, *short(script, 2, "--out-dir", script.__name__))
-            before = content(script.__name__)
-            os.remove(f"{script.__name__}/test.json")
-            self.succeed(script, "--resume", script.__name__)
-            self.assertEqual(content(script.__name__)[1], before[1])
-            self.succeed(script, "--resume", script.__name__, "--epochs", 3, rate, 1e-4)
-            rows = read_rows(script.__name__)
-            self.assertEqual([row["epoch"] for row in rows], [1, 2, 3])
-            args = json.loads(Path(script.__name__, "args.json").read_text())
-            self.assertEqual((args["epochs"], args[rate[2:].replace("-", "_")]), (3, 1e-4))
+    def test_a_finished_run_can_be_extended_with_another_rate_or_only_tested_again(self):
+        for script, rates in RATES.items():
+            run = script.__name__
+            self.succeed(script, *short(script, 2, "--out-dir", run))
+            rows = read_rows(run)
+            self.succeed(script, *resume(script, run))
+            self.assertEqual(read_rows(run), rows)
+            self.succeed(script, *resume(script, run, *length(script, 3), rates[-1], 1e-4))
+            self.assertEqual(read_rows(run)[:2], rows)
+            self.assertEqual(len(read_rows(run)), 3)
 
     @no_pictures
     def test_what_does_not_fit_a_run_is_refused(self):
-        for script, other in ((vae, "aae"), (aae, "vae")):
-            name = script.__name__
-            self.succeed(script, *short(script, 1, "--out-dir", name))
-            Path("half").mkdir(exist_ok=True)
-            Path("half/last.pt").write_bytes(Path(name, "last.pt").read_bytes()[:1000])
-            self.refuse(script, "--resume", "nowhere", naming="nowhere/last.pt")
-            self.refuse(script, "--resume", "half", naming="half/last.pt")
-            for flag, value in (("--seed", 1), ("--z-dim", 3), ("--batch-size", 10),
-                                ("--limit", 100), ("--out-dir", "b"), ("--dataset", "kmnist")):
-                self.refuse(script, "--resume", name, "--epochs", 2, flag, value, naming=flag)
+        Path("half").mkdir()
+        for script, other, size in ((vae, "gpt", "--z-dim"), (aae, "vae", "--z-dim"),
+                                    (gpt, "aae", "--n-layer")):
+            self.succeed(script, *short(script, 1, "--out-dir", script.__name__))
+            content = Path(script.__name__, "last.pt").read_bytes()
+            Path("half/last.pt").write_bytes(content[:1000])
+            for run in ("nowhere", "half"):
+                self.refuse(script, *resume(script, run), naming=f"{run}/last.pt")
+            for flag, value in (("--seed", 1), (size, 3), ("--batch-size", 10), ("--limit", 100),
+                                ("--out-dir", "b")):
+                argv = resume(script, script.__name__, *length(script, 2), flag, value)
+                self.refuse(script, *argv, naming=flag)
             if Path(other).exists():
-                self.refuse(script, "--resume", other, naming=f"{other}.py")
+                self.refuse(script, *resume(script, other), naming=f"{other}.py")
 
     @no_pictures
-    def test_a_changed_folder_of_pictures_is_noticed_on_resume(self):
+    def test_changed_data_is_noticed_on_resume(self):
         write_pictures("photos")
-        for script in SHORT:
-            run = f"runs/{script.__name__}"
-            argv = short(script, 1, "--dataset", "photos", "--image-size", 16, "--out-dir", run)
-            self.succeed(script, *argv)
-            self.succeed(script, "--resume", run, "--epochs", 2)
-            shutil.copy("photos/a/00.png", "photos/a/new.png")
-            self.refuse(script, "--resume", run, "--epochs", 3, naming="41")
-            os.remove("photos/a/new.png")
+        for script in (vae, aae):
+            argv = short(script, 1, "--dataset", "photos", "--image-size", 16, "--out-dir")
+            self.succeed(script, *argv, script.__name__)
+        self.succeed(gpt, *short(gpt, 1, "--out-dir", "gpt"))
+        shutil.copy("photos/a/00.png", "photos/a/new.png")
+        Path("text.txt").write_text("abc" * 999)
+        for script, naming in ((vae, "photos"), (aae, "photos"), (gpt, "text.txt")):
+            argv = resume(script, script.__name__, *length(script, 2))
+            status, _, err = run_script(script, *argv)
+            self.assertEqual(status, 2)
+            self.assertIn(naming, err.splitlines()[-1])
 
     def test_wrong_values_are_answered_in_one_line(self):
         Path("a_file").touch()
         Path("empty").mkdir()
-        for script, rates in ((vae, ["--lr"]), (aae, ["--ae-lr", "--d-lr"])):
-            for argv in ("--seed -1", f"--seed {10**30}", "--limit 0", "--batch-size 0",
-                         "--epochs 0", "--z-dim 0", "--z-dim two", "--image-size 4", "--data 2",
+        of_images = ["--epochs 0", "--z-dim 0", "--z-dim two", "--image-size 4", "--dataset empty",
+                     "--dataset imagenet", "--dataset glyphs --image-size 32",
+                     "--dataset mnist --data-dir a_file"]
+        own = {vae: of_images, aae: [*of_images, "--lam 1.01", "--lam nan", "--posterior normal"],
+               gpt: ["--max-steps 0", "--dropout 2", "--n-embd 30", "--grad-accum 3",
+                     "--optimizer sgd", "--text nowhere"]}
+        named = {"--out-dir": "a_file", "--data-dir": "a_file", "--image-size": "image",
+                 "--text": "nowhere"}  # instead of the flag
+        for script, rates in RATES.items():
+            for argv in ("--seed -1", f"--seed {10**30}", "--limit 0", "--batch-size 0", "--data 2",
                          *(f"{rate} {value}" for rate in rates for value in ("-1", "nan", "inf")),
-                         "--out-dir a_file/run", "--dataset empty", "--dataset imagenet",
-                         "--dataset glyphs --image-size 32", "--dataset mnist --data-dir a_file",
-                         *["--device cuda"] * (not torch.cuda.is_available()),
-                         *["--lam 1.01", "--lam nan", "--posterior normal"] * (script is aae)):
-                flag = argv.split()[-2] if " " in argv else argv
-                naming = {"--out-dir": "a_file", "--data-dir": "a_file", "--dataset": "dataset",
-                          "--image-size": "image"}.get(flag, flag)
+                         "--out-dir a_file/run", *own[script],
+                         *["--device cuda"] * (not torch.cuda.is_available())):
+                flag = argv.split()[-2]
                 with self.subTest(argv):
-                    self.refuse(script, *SHORT[script].split(), *argv.split(), naming=naming)
+                    self.refuse(script, *SHORT[script].split(), *argv.split(),
+                                naming=named.get(flag, flag))
 
     def test_torchrun_is_for_gpt_alone(self):
         for rank, lines in ((0, 1), (1, 0)):
@@ -1331,36 +1386,38 @@ class Runs(TemporaryFolder):
             self.assertEqual((status, out, len(err.splitlines())), (2, "", lines))
 
     @no_pictures
-    def test_a_too_high_rate_stops_the_run_before_its_weights_are_saved(self):
-        for script, rate in ((vae, "--lr"), (aae, "--ae-lr")):
-            status, _, err = run_script(script, *short(script, 1, rate, 1e9, "--out-dir", "a"))
+    def test_a_too_high_rate_stops_a_run_before_its_weights_are_saved(self):
+        for script, rates in RATES.items():
+            argv = short(script, 1, rates[0], 1e9, "--out-dir", "a")
+            status, _, err = run_script(script, *argv)
             self.assertEqual((status, len(err.splitlines())), (2, 1), err)
-            self.assertIn("no longer finite", err)
             self.assertFalse(Path("a/last.pt").exists())
 
     def test_a_run_leaves_its_files_and_pictures(self):
         samples = "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png"
+        rebuilt = samples.replace("samples", "reconstructions")
         for script, flags, name, own in (
-                (vae, "--z-dim 2", "vae-z2-glyphs", "best.pt bpd.png reconstructions.png "
-                 "latents.png manifold.png"),
-                (vae, "", "vae-z20-glyphs", "best.pt bpd.png reconstructions.png"),
-                (aae, "--z-dim 2 --lam 1", "aae-z2-lam1-glyphs", "manifold.png codes.png mse.png "
-                 "adversary.png " + samples.replace("samples", "reconstructions")),
-                (aae, "--posterior universal", "aae-z8-lam0.995-universal-glyphs", "codes.png "
-                 "mse.png adversary.png " + samples.replace("samples", "reconstructions"))):
+                (vae, "--z-dim 2", "vae-z2-glyphs", f"test.json best.pt bpd.png {samples} "
+                 "reconstructions.png latents.png manifold.png"),
+                (vae, "", "vae-z20-glyphs", f"test.json best.pt bpd.png {samples} "
+                 "reconstructions.png"),
+                (aae, "--z-dim 2 --lam 1", "aae-z2-lam1-glyphs", f"test.json manifold.png mse.png "
+                 f"codes.png adversary.png {samples} {rebuilt}"),
+                (aae, "--posterior universal", "aae-z8-lam0.995-universal-glyphs", "test.json "
+                 f"codes.png mse.png adversary.png {samples} {rebuilt}"),
+                (gpt, "", "gpt-text", "config.json model.safetensors vocab.json loss.png")):
             out = self.succeed(script, *short(script, 2, *flags.split()))
             self.assertRegex(out.splitlines()[-1], f"^{name}.* -> runs/{name}$")
+            self.assertIn(f"--resume runs/{name}", out.splitlines()[0])
             self.assertEqual(sorted(os.listdir(f"runs/{name}")), sorted(
-                f"args.json metrics.jsonl last.pt test.json {samples} {own}".split()))
-            results = Path(f"runs/{name}/test.json").read_text()
-            json.loads(results, parse_constant=self.fail)  # no nan
-            opening = out.splitlines()[0]
-            self.assertIn(f"--resume runs/{name}", opening)
+                f"args.json metrics.jsonl last.pt {own}".split()))
+            for path in Path(f"runs/{name}").glob("*.json"):
+                json.loads(path.read_text(), parse_constant=self.fail)  # no nan
 
     @no_pictures
     def test_each_epoch_and_each_seed_has_an_order_of_its_own(self):
         orders, randperm = [], torch.randperm
-        for script, seed in itertools.product(SHORT, (1, 1, 2)):
+        for script, seed in itertools.product((vae, aae), (1, 1, 2)):
             with mock.patch.object(torch, "randperm", lambda n, **options: orders.append(
                     tuple(randperm(n, **options).tolist())) or torch.tensor(orders[-1])):
                 self.succeed(script, *short(script, 2, "--seed", seed))
@@ -1369,20 +1426,6 @@ class Runs(TemporaryFolder):
             self.assertEqual(first, again)
             self.assertNotEqual(first, other)
         self.assertNotEqual(orders[0], orders[1])
-
-    @no_pictures
-    def test_bfloat16_learns_as_float32_does(self):
-        for script, column in ((vae, "train_bpd"), (aae, "train_mse")):
-            losses = []
-            for dtype in (torch.float32, torch.bfloat16):
-                device = torch.device("cpu"), dtype
-                with mock.patch.object(common, "pick_device", lambda *_, d=device, **__: d):
-                    self.succeed(script, *short(script, 2, "--out-dir", f"runs/{dtype}"))
-                state = torch.load(f"runs/{dtype}/last.pt")
-                losses.append(state["rows"][-1][column])
-                self.assertTrue(all(w.dtype == torch.float32 for w in state["model"].values()))
-                shutil.rmtree("runs")
-            self.assertLess(abs(losses[1] / losses[0] - 1), 0.03)
 
     @no_pictures
     def test_in_a_changed_copy_every_parameter_is_trained_and_dropout_is_off_in_evaluation(self):
@@ -1409,6 +1452,30 @@ class Runs(TemporaryFolder):
             self.assertEqual(modes, {(True, True), (False, False)})
 
     @no_pictures
+    def test_in_a_changed_gpt_every_parameter_is_trained_by_one_optimizer(self):
+        starts = []
+
+        class Changed(gpt.GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+                self.scale = nn.Parameter(torch.ones(()))
+                self.h[0].cube = nn.Parameter(torch.ones(1, 1, config.n_embd))
+                starts.append({name: w.detach().clone() for name, w in self.named_parameters()})
+
+            def logits(self, x):
+                return self.lm_head(self.scale * self.h[0].cube[0] * x)
+
+        self.patch(gpt, "GPT", Changed)
+        for optimizer in ("muon", "adamw"):
+            self.succeed(gpt, *short(gpt, 1, "--optimizer", optimizer, "--out-dir", optimizer))
+            saved = torch.load(f"{optimizer}/last.pt")
+            self.assertEqual(len(starts[-1]), sum(
+                len(group["params"]) for o in saved["optimizers"] for group in o["param_groups"]))
+            for name, first in starts[-1].items():
+                self.assertTrue((saved["model"][name] != first).any(), name)
+
+    @no_pictures
     def test_own_colour_pictures_are_learned_better_than_their_mean_image(self):
         write_pictures("photos")
         for script, name in ((vae, "VAE"), (aae, "AdversarialAE")):
@@ -1430,12 +1497,17 @@ class Runs(TemporaryFolder):
             self.assertLess(error, 0.5 * of_mean)
 
     @no_pictures
-    def test_the_best_vae_by_validation_is_tested(self):
+    def test_the_model_that_is_best_in_validation_is_tested_or_kept(self):
         losses = iter([[3, 3], [1, 1], [2, 2], [5, 5], [6, 6]])  # three epochs, test
         with mock.patch.object(vae, "evaluate", lambda *_: next(losses)):
-            out = self.succeed(vae, *short(vae, 3, "--out-dir", "a"))
-        self.assertIn("epoch 2 of 3 -> a", out)
-        self.assertEqual(json.loads(Path("a/test.json").read_text())["epoch"], 2)
+            self.succeed(vae, *short(vae, 3, "--out-dir", "vae"))
+        self.assertEqual(json.loads(Path("vae/test.json").read_text())["epoch"], 2)
+        for losses in ([1.0, 2.0], [2.0, 1.0]):
+            with mock.patch.object(gpt, "evaluate", side_effect=losses):
+                self.succeed(gpt, *short(gpt, 2, "--out-dir", f"{losses[0]}"))
+        first, last = (gpt.GPT.from_pretrained(run).state_dict() for run in ("1.0", "2.0"))
+        identical(last, torch.load("2.0/last.pt")["model"])
+        self.assertTrue((first["wte.weight"] != last["wte.weight"]).any())
 
     @no_pictures
     def test_codes_come_to_the_prior_only_if_they_are_asked_to(self):
@@ -1449,151 +1521,50 @@ class Runs(TemporaryFolder):
     @no_pictures
     def test_each_phase_of_the_aae_moves_its_own_networks_alone(self):
         torch.manual_seed(42)
-        start = aae.AdversarialAE(num_filters=4).state_dict()
+        first = aae.AdversarialAE(num_filters=4).state_dict()
         for flags, expected in (("", {"encoder", "decoder", "discriminator"}),
                                 ("--d-lr 0", {"encoder", "decoder"}),
                                 ("--ae-lr 0", {"discriminator"})):
             self.succeed(aae, *short(aae, 1, *flags.split(), "--out-dir", "a"))
             last = torch.load("a/last.pt")["model"]
-            moved = {name.split(".")[0] for name in start
-                     if (start[name] - last[name]).abs().max() > 1e-20}
+            moved = {name.split(".")[0] for name in first
+                     if (first[name] - last[name]).abs().max() > 1e-20}
             self.assertEqual(moved, expected, flags)
             shutil.rmtree("a")
 
 
-def train_apart(argv, environment, dtype, instant):
-    """What a process does: run gpt.py with torchrun's environment, and kill itself"""
+def train_apart(argv, environment, instant):
+    """What a process of torchrun does: train in float64, and kill itself at an instant"""
     os.environ |= environment
-    os.dup2(os.open("messages", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    torch.set_default_dtype(dtype)
-    with contextlib.redirect_stdout(io.StringIO()):
-        run_and_die("gpt", argv, instant)
+    torch.set_default_dtype(torch.float64)
+    run_and_die("gpt", argv, instant)
 
 
-class GPTRuns(TemporaryFolder):
-    setUp = Training.setUp
-
-    def train_apart(self, *argv, processes=1, dtype=torch.float32, instant=0):
+@needs_processes
+class TwoProcesses(TemporaryFolder):
+    def train(self, *argv, processes, instant=0):
         """-> the exit codes of gpt.py's processes; each is killed at this instant, if not 0"""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo"])  # or each would import it
-        started = [context.Process(target=train_apart, args=(argv, {
+        started = [start(train_apart, argv, {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, dtype, instant))
-            for rank in range(processes)]
-        for process in started:
-            process.start()
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, instant) for rank in range(processes)]
         for process in started:
             process.join()
         return [process.exitcode for process in started]
 
-    def assert_the_same_run(self, first, second, error=0.0):
-        a, b = (torch.load(f"{run}/last.pt") | {"log": read_rows(run)} for run in (first, second))
-        for row in (*a["rows"], *a["log"], *b["rows"], *b["log"]):
-            row.update(seconds=0, tokens_per_s=0)
-        for name in ("model", "optimizers", "scaler", "rows", "log"):
-            assert_close(a[name], b[name], rtol=error, atol=error)
-
-    @needs_processes
-    def test_killed_five_times_and_resumed_ends_bit_for_bit_the_same(self):
-        for run in ("whole", "killed"):
-            self.succeed(gpt, *GPT_RUN, 30, "--dropout", 0.2, "--out-dir", run)
-        self.succeed(gpt, "train", "--resume", "whole", "--max-steps", 75)
-        argv = ["train", "--resume", "killed", "--max-steps", 75]
-        # Counted as in Runs: the first writes, a step, an evaluation's writes, a later step, a step
-        for instant in (2, 12, 21, 33, 9):
-            self.assertEqual(self.train_apart(*argv, instant=instant), [-signal.SIGKILL])
-        self.succeed(gpt, *argv)
-        self.assert_the_same_run("whole", "killed")
-        identical(*(gpt.GPT.from_pretrained(run).state_dict() for run in ("whole", "killed")))
-
-    def test_16_bits_learn_as_32_do_and_after_ctrl_c_each_is_resumed_and_ends_the_same(self):
-        losses, save = [], common.save_checkpoint
-
-        def save_and_stop(path, checkpoint):
-            save(path, checkpoint)
-            if len(checkpoint["rows"]) == 2:
-                raise KeyboardInterrupt
-
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            self.patch(common, "pick_device", lambda *_, d=dtype, **__: (torch.device("cpu"), d))
-            argv = [*GPT_RUN, 60, "--dropout", 0.2, "--out-dir"]
-            self.succeed(gpt, *argv, f"{dtype}")
-            with mock.patch.object(common, "save_checkpoint", save_and_stop):
-                status, _, err = run_script(gpt, *argv, f"{dtype}-stopped")
-            self.assertEqual((status, len(err.splitlines())), (130, 2))  # the first is empty
-            self.succeed(gpt, "train", "--resume", f"{dtype}-stopped")
-            self.assert_the_same_run(f"{dtype}", f"{dtype}-stopped")
-            saved = torch.load(f"{dtype}/last.pt")
-            self.assertEqual(bool(saved["scaler"]), dtype == torch.float16)
-            self.assertEqual({w.dtype for w in saved["model"].values()}, {torch.float32})
-            losses.append(saved["rows"][-1]["train_loss"])
-            self.assertLess(losses[-1], saved["rows"][0]["train_loss"] - 0.3)
-            self.assertAlmostEqual(losses[-1] / losses[0], 1, delta=0.03)
-
-    def test_what_does_not_fit_a_run_is_refused_and_its_length_and_rate_may_change(self):
-        self.succeed(gpt, *GPT_RUN, 15, "--out-dir", "a")
-        for flag, value in (("--seed", 1), ("--n-layer", 3), ("--dropout", 0.5), ("--limit", 100),
-                            ("--batch-size", 4), ("--out-dir", "b"), ("--optimizer", "adamw")):
-            self.refuse(gpt, "train", "--resume", "a", "--max-steps", 30, flag, value, naming=flag)
-        self.refuse(vae, "--resume", "a", naming="gpt.py")
-        Path("other.txt").write_text("abc" * 999)
-        status, _, err = run_script(gpt, "train", "--resume", "a", "--text", "other.txt")
-        self.assertEqual((status, "other.txt" in err), (2, True))
-        self.succeed(gpt, "train", "--resume", "a", "--max-steps", 40, "--lr", 1e-3)
-        self.assertEqual([row["step"] for row in read_rows("a")], [15, 30, 40])
-
-    def test_wrong_values_are_answered_in_one_line(self):
-        for argv in ("--lr -1", "--lr nan", "--max-steps 0", "--batch-size 0", "--dropout 2",
-                     "--limit 0", "--n-embd 30", "--grad-accum 3", "--optimizer sgd", "--n-lay 2"):
-            self.refuse(gpt, *GPT_RUN, 15, *argv.split(), naming=argv.split()[0])
-        self.refuse(gpt, *GPT_RUN, 15, "--text", "nowhere", naming="nowhere")
-
-    def test_the_best_model_by_validation_is_kept(self):
-        for losses in ([1.0, 2.0], [2.0, 1.0]):
-            with mock.patch.object(gpt, "evaluate", side_effect=losses):
-                self.succeed(gpt, *GPT_RUN, 30, "--out-dir", f"{losses[0]}")
-        first, last = (gpt.GPT.from_pretrained(run).state_dict() for run in ("1.0", "2.0"))
-        identical(last, torch.load("2.0/last.pt")["model"])
-        self.assertTrue((first["wte.weight"] != last["wte.weight"]).any())
-
-    def test_every_parameter_is_in_one_optimizer_and_trained_whatever_its_shape(self):
-        starts = []
-
-        class Changed(gpt.GPT):
-            def __init__(self, config):
-                super().__init__(config)
-                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-                self.scale = nn.Parameter(torch.ones(()))
-                self.h[0].cube = nn.Parameter(torch.ones(1, 1, config.n_embd))
-                starts.append({name: w.detach().clone() for name, w in self.named_parameters()})
-
-            def logits(self, x):
-                return self.lm_head(self.scale * self.h[0].cube[0] * x)
-
-        self.patch(gpt, "GPT", Changed)
-        for optimizer in ("muon", "adamw"):
-            self.succeed(gpt, *GPT_RUN, 15, "--optimizer", optimizer, "--out-dir", optimizer)
-            saved = torch.load(f"{optimizer}/last.pt")
-            self.assertEqual(len(starts[-1]), sum(
-                len(group["params"]) for o in saved["optimizers"] for group in o["param_groups"]))
-            for name, start in starts[-1].items():
-                self.assertTrue((saved["model"][name] != start).any(), name)
-
-    @needs_processes
     def test_two_processes_train_the_model_of_one_and_a_killed_run_of_two_is_resumed_by_one(self):
-        argv, exact = [*GPT_RUN, 45, "--batch-size", 8, "--out-dir"], {"dtype": torch.float64}
+        write_text("text.txt")
+        torch.save(render_glyphs(), "glyphs.pt")
+        argv = short(gpt, 3, "--batch-size", 8, "--out-dir")
         for run, n in (("one", 1), ("two", 2)):
-            codes = self.train_apart(*argv, run, "--grad-accum", n, processes=n, **exact)
-            self.assertEqual(codes, [0] * n, Path("messages").read_text())
-        self.assert_the_same_run("one", "two", error=1e-9)
-        self.assertIn(-signal.SIGKILL, self.train_apart(
-            *argv, "killed", processes=2, instant=40, **exact))
-        self.assertEqual(self.train_apart("train", "--resume", "killed", **exact), [0])
-        self.assert_the_same_run("one", "killed", error=1e-9)
+            self.assertEqual(self.train(*argv, run, "--grad-accum", n, processes=n), [0] * n)
+        killed = self.train(*argv, "killed", processes=2, instant=40)
+        self.assertIn(-signal.SIGKILL, killed)
+        self.assertEqual(self.train("train", "--resume", "killed", processes=1), [0])
+        Runs.assert_the_same_run(self, "one", "two", error=1e-9)
+        Runs.assert_the_same_run(self, "one", "killed", error=1e-9)
 
 
 # -- README -----------------------------------------------------------------------------------
