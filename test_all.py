@@ -184,7 +184,8 @@ class VAE(unittest.TestCase):
 
     def test_the_decoder_gets_draws_of_the_posterior(self):
         model, drawn, x = vae.VAE(z_dim=1, num_filters=4), [], self.images[:5000]
-        model.encoder.forward = lambda x: (torch.full((len(x), 1), 2.), torch.full((len(x), 1), -1.))
+        mean, log_std = torch.full((5000, 1), 2.), torch.full((5000, 1), -1.)
+        model.encoder.forward = lambda x: (mean, log_std)
         model.decoder.forward = lambda z: drawn.append(z) or torch.zeros(len(z), 16, 1, 28, 28)
         model(x)
         assert_close(drawn[0].mean(), torch.tensor(2.), atol=0.05, rtol=0)
