@@ -406,8 +406,7 @@ MODEL_SETTINGS = {
 TOKENIZER_SETTINGS = {
     "normalizer": {"type": [None]},
     "pre_tokenizer": {"type": ["ByteLevel"], "add_prefix_space": [False], "use_regex": [True]},
-    "post_processor": {"type": [None, "ByteLevel", "TemplateProcessing"],
-                       "special_tokens": [{}]},  # which it would put around a text
+    "post_processor": {"type": [None, "ByteLevel", "TemplateProcessing"], "special_tokens": [{}]},
     "model": {"type": ["BPE"], "dropout": [None, 0], "continuing_subword_prefix": [None, ""],
               "end_of_word_suffix": [None, ""], "byte_fallback": [False], "ignore_merges": [False]},
     "added token": {"single_word": [False], "lstrip": [False], "rstrip": [False]},
@@ -489,7 +488,8 @@ def find_model(name, weights=True):
     folder = Path(torch.hub.get_dir(), "checkpoints", repo.replace("/", "--"))
 
     def get(file):
-        return fetch(f"{hub}/{repo}/resolve/main/{file}", folder / file)
+        with user_errors(f"{name} is no folder, and not downloaded", urllib.error.URLError):
+            return fetch(f"{hub}/{repo}/resolve/main/{file}", folder / file)
 
     if not (folder / "config.json").exists():
         for file in SMALL_FILES:
