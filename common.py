@@ -241,8 +241,7 @@ class Muon(torch.optim.Optimizer):
                 state["mean"].lerp_(weight.grad, 1 - momentum)  # moving average of the gradients
                 updates.append(weight.grad.lerp(state["mean"], momentum))  # Nesterov's momentum
             updates = orthogonalize(torch.stack(updates).flatten(2))  # [n, rows, columns]
-            # Entries of U V^T have a root mean square of 1 / sqrt(longer side), those of Adam's
-            # updates one of about 0.2.
+            # Entries of U V^T are about 1 / sqrt(longer side), those of Adam's updates about 0.2.
             updates *= lr * 0.2 * math.sqrt(max(updates.shape[1:]))
             for weight, update in zip(group["params"], updates, strict=True):
                 weight.mul_(1 - lr * group["weight_decay"])
@@ -296,8 +295,9 @@ def read_dataset(name, data_dir):
     except (RuntimeError, ValueError, AssertionError, TimeoutError) as error:
         if all((raw / file.removesuffix(".gz")).is_file() for file, _ in dataset.resources):
             raise UserError(f"a file in {raw} is damaged: delete this folder") from error
-        message = (f"{DATASETS[name]} is not in {raw}, and cannot be downloaded: run once online, "
-                   f"or pass --data-dir, or --dataset glyphs ({str(error).splitlines()[-1]})")
+        reason = str(error).strip().rpartition("\n")[2]  # the last of several lines
+        message = (f"{DATASETS[name]} is not in {raw}, and cannot be downloaded ({reason}): "
+                   "run once online, or pass --data-dir, or --dataset glyphs")
         if name != "auto" or data_dir != os.path.abspath("data"):  # --dataset or --data-dir given
             raise UserError(message) from error
         print(f"warning: {message}. Now glyphs stand in.", file=sys.stderr)
