@@ -10,11 +10,9 @@ that miss these files, transformers or tiktoken are skipped, and say so.
 """
 
 import argparse
-import ast
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import http.server
 import io
 import itertools
@@ -54,9 +52,7 @@ import vae
 
 HERE = Path(__file__).resolve().parent
 DATA_DIR = Path(os.environ.get("DATA_DIR", "not given")).absolute()
-needs_mnist = unittest.skipUnless((DATA_DIR / "MNIST/raw").is_dir(), "DATA_DIR has no MNIST")
 needs_processes = unittest.skipUnless(hasattr(os, "fork"), "starts processes as POSIX systems do")
-needs_gpu = unittest.skipUnless(torch.cuda.is_available(), "no GPU")
 render_glyphs = functools.cache(common.render_glyphs)  # tests render them once
 SHAPES = ((1, 28), (3, 32), (3, 64), (1, 45), (4, 17), (2, 8))  # channels, image_size
 
@@ -74,12 +70,6 @@ def identical(a, b):
 
 def read_rows(run):
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-
-
-def snapshot(folder="."):
-    """Every file below `folder` with its content's hash"""
-    return {path: hashlib.md5(path.read_bytes()).hexdigest()
-            for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def run_script(script, *argv):
@@ -117,29 +107,25 @@ class TemporaryFolder(unittest.TestCase):
 
     def refuse(self, script, *argv, naming):
         """The script ends in one line that names something, and status 2, and changes no file."""
-        before = snapshot()
+        def files():
+            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+        before = files()
         status, out, err = run_script(script, *argv)
         self.assertEqual((status, out), (2, ""), argv)
         self.assertIn(naming, err.splitlines()[-1])
         self.assertNotIn("Traceback", err)
-        self.assertEqual(snapshot(), before)
+        self.assertEqual(files(), before)
 
 
 # -- The variational autoencoder --------------------------------------------------------------
 
 
 class VAE(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        """A small model that has seen a few thousand glyphs"""
+    def setUp(self):
         torch.manual_seed(0)
-        images = vae.to_4_bits(render_glyphs()[0])
-        cls.model, cls.images = vae.VAE(z_dim=20, num_filters=8), images[60_000:]
-        optimizer = torch.optim.Adam(cls.model.parameters(), lr=5e-3)
-        for x in images[:60_000].split(64)[:200]:
-            sum(cls.model(x)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        self.images = vae.to_4_bits(render_glyphs()[0][:1000])
+        self.model = vae.VAE(z_dim=20, num_filters=8)
 
     def test_pixels_become_4_bits_by_the_formula_of_the_practical(self):
         x = torch.arange(256, dtype=torch.uint8)
@@ -147,21 +133,13 @@ class VAE(unittest.TestCase):
         identical(vae.to_4_bits(x), formula.to(torch.uint8))
 
     def test_a_model_of_zeros_needs_exactly_4_bits_a_pixel(self):
-        model = vae.VAE()
-        for parameter in model.parameters():
+        for parameter in self.model.parameters():
             nn.init.zeros_(parameter)
-        rec, kl = model(self.images[:64])
+        rec, kl = self.model(self.images[:64])
         self.assertEqual(kl.item(), 0)
         self.assertAlmostEqual(vae.elbo_to_bpd(rec, self.images.shape).item(), 4, delta=1e-6)
 
-    def test_training_beats_the_frequencies_of_pixel_values(self):
-        frequency = torch.bincount(self.images.flatten().long(), minlength=16) / self.images.numel()
-        entropy = -(frequency * frequency.clamp(min=1e-9).log2()).sum().item()
-        bpd = vae.elbo_to_bpd(sum(vae.evaluate(self.model, self.images[:500])), [1, 1, 28, 28])
-        self.assertLess(bpd, 0.9 * entropy)
-
     def test_kl_divergence_is_that_of_torch_distributions_and_of_monte_carlo(self):
-        torch.manual_seed(0)
         mean, log_std = torch.randn(2, 5, 3).double()
         q = torch.distributions.Normal(mean, log_std.exp())
         p = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
@@ -171,32 +149,25 @@ class VAE(unittest.TestCase):
         estimate = (q.log_prob(z) - p.log_prob(z)).sum(-1).mean(0)
         assert_close(kl, estimate, atol=0.03, rtol=0.01)
 
-    def test_reparameterized_draws_have_the_mean_and_std_and_pass_gradients(self):
-        torch.manual_seed(0)
-        mean, std = torch.tensor([1., -2.]), torch.tensor([0.5, 3.])
-        z = vae.sample_reparameterize(mean.expand(100_000, 2), std.expand(100_000, 2))
-        assert_close(z.mean(0), mean, atol=0.05, rtol=0)
-        assert_close(z.std(0), std, atol=0.05, rtol=0)
-        z = vae.sample_reparameterize(mean.requires_grad_(), std.requires_grad_())
-        z.sum().backward()
-        assert_close(mean.grad, torch.ones(2))
-        assert_close(std.grad, ((z - mean) / std).detach())
-
-    def test_the_decoder_gets_draws_of_the_posterior(self):
-        model, drawn, x = vae.VAE(z_dim=1, num_filters=4), [], self.images[:5000]
-        mean, log_std = torch.full((5000, 1), 2.), torch.full((5000, 1), -1.)
-        model.encoder.forward = lambda x: (mean, log_std)
-        model.decoder.forward = lambda z: drawn.append(z) or torch.zeros(len(z), 16, 1, 28, 28)
-        model(x)
-        assert_close(drawn[0].mean(), torch.tensor(2.), atol=0.05, rtol=0)
-        assert_close(drawn[0].std(), torch.tensor(-1.).exp(), atol=0.02, rtol=0)
-
     def test_reconstruction_loss_is_the_categorical_log_probability_of_all_channels(self):
-        torch.manual_seed(0)
         logits, x = torch.randn(4, 16, 3, 9, 9), torch.randint(16, (4, 3, 9, 9))
         categorical = torch.distributions.Categorical(logits=logits.movedim(1, -1))
         expected = -categorical.log_prob(x).sum((1, 2, 3))
         assert_close(vae.reconstruction_loss(logits, x.to(torch.uint8)), expected)
+
+    def test_the_decoder_gets_draws_of_the_posterior_which_pass_gradients(self):
+        mean = torch.full((5000, 1), 2., requires_grad=True)
+        log_std = torch.full((5000, 1), -1., requires_grad=True)
+        model, drawn = vae.VAE(z_dim=1, num_filters=4), []
+        model.encoder.forward = lambda x: (mean, log_std)
+        model.decoder.forward = lambda z: drawn.append(z) or torch.zeros(len(z), 16, 1, 28, 28)
+        model(torch.zeros(5000, 1, 28, 28, dtype=torch.uint8))
+        z, = drawn
+        assert_close(z.mean(), torch.tensor(2.), atol=0.05, rtol=0)
+        assert_close(z.std(), torch.tensor(-1.).exp(), atol=0.02, rtol=0)
+        z.sum().backward()
+        assert_close(mean.grad, torch.ones(5000, 1))
+        assert_close(log_std.grad, (z - mean).detach())
 
     def test_both_likelihood_estimates_equal_the_integral_at_one_dimension(self):
         class Toy(nn.Module):  # 2x2 images whose logits are linear in z, and a rough posterior
@@ -206,7 +177,6 @@ class VAE(unittest.TestCase):
             def decoder(self, z):
                 return (z * slopes).view(-1, 16, 1, 2, 2)
 
-        torch.manual_seed(0)
         slopes, x = torch.randn(64), torch.randint(16, (8, 1, 2, 2))
         z = torch.linspace(-8, 8, 4001).unsqueeze(1)
         log_prior = torch.distributions.Normal(0, 1).log_prob(z.squeeze(1))
@@ -234,28 +204,22 @@ class VAE(unittest.TestCase):
         log_std.sum().backward()
         self.assertGreater(encoder.log_std.bias.grad.min().item(), 1e-3)
 
-    def test_images_of_any_size_and_number_of_channels_are_learned_and_drawn(self):
+    def test_images_of_any_shape_are_learned_and_drawn_and_other_images_are_refused(self):
         for channels, size in SHAPES:
             model = vae.VAE(5, 4, channels, size)
             x = torch.randint(16, (3, channels, size, size), dtype=torch.uint8)
             sum(model(x)).backward()
             for name, parameter in model.named_parameters():
-                self.assertGreater(parameter.grad.abs().sum().item(), 0, (channels, size, name))
+                self.assertGreater(parameter.grad.abs().sum().item(), 0, name)
             self.assertEqual(model.sample(2).shape, (2, channels, size, size))
             self.assertEqual(vae.mean_image(model.decoder(torch.randn(3, 5))).shape, x.shape)
-
-    def test_other_images_are_refused_by_dtype_or_shape(self):
-        x = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-        for wrong, named in ((x.float(), "float32"), (x.expand(2, 3, 28, 28), "3, 28, 28"),
-                             (x[..., :27], "28, 27"), (x[:, 0], "2, 28, 28")):
-            with self.assertRaisesRegex(AssertionError, f"expected.*{named}"):
-                self.model(wrong)
+            for wrong in (x.float(), x[:, 1:], x[..., 1:], x[:, 0]):
+                self.assertRaises(AssertionError, model, wrong)
 
     def test_samples_follow_the_decoders_categorical(self):
         model = vae.VAE(z_dim=2, num_filters=4, channels=2)
         for parameter in model.decoder.parameters():
             nn.init.zeros_(parameter)
-        torch.manual_seed(0)
         logits = torch.randn(16, 2)  # of each channel, the same for every pixel
         model.decoder.net[-2].bias.data = logits.flatten()
         samples = model.sample(200)  # [200, 2, 28, 28]
@@ -265,14 +229,9 @@ class VAE(unittest.TestCase):
             assert_close(frequency, logits[:, channel].softmax(0), atol=0.005, rtol=0)
 
     def test_the_plane_grows_to_the_right_and_upwards_over_the_priors_percentiles(self):
-        z = common.prior_grid(3)
+        cdf = torch.distributions.Normal(0, 1).cdf(common.prior_grid(3))
         expected = [[x, y] for y in (5 / 6, 1 / 2, 1 / 6) for x in (1 / 6, 1 / 2, 5 / 6)]
-        cdf = torch.distributions.Normal(0, 1).cdf(z)
         assert_close(cdf, torch.tensor(expected), atol=1e-5, rtol=0)
-        decoder = vae.Decoder(z_dim=2, num_filters=4)
-        with torch.no_grad():
-            expected = vae.mean_image(decoder(z))
-        assert_close(vae.visualize_manifold(decoder, grid_size=3), expected)
 
 
 # -- The adversarial autoencoder --------------------------------------------------------------
@@ -283,7 +242,7 @@ class AAE(unittest.TestCase):
         torch.manual_seed(0)
         self.x = aae.to_float(render_glyphs()[0][:64])
 
-    def test_images_of_any_size_and_number_of_channels_are_learned_and_drawn(self):
+    def test_images_of_any_shape_are_learned_and_drawn_and_other_images_are_refused(self):
         for (channels, size), posterior in itertools.product(SHAPES, aae.POSTERIORS):
             model = aae.AdversarialAE(5, posterior, 4, channels, size)
             x = torch.rand(3, channels, size, size)
@@ -294,13 +253,8 @@ class AAE(unittest.TestCase):
             self.assertEqual((recon.shape, z.shape), (x.shape, (3, 5)))
             self.assertEqual(model.sample(2).shape, (2, channels, size, size))
             self.assertLessEqual(model.decoder(100 * z).abs().max().item(), 1)
-
-    def test_other_images_are_refused_by_dtype_or_shape(self):
-        model, x = aae.AdversarialAE(), torch.zeros(2, 1, 28, 28)
-        for wrong, named in ((x.to(torch.uint8), "uint8"), (x.expand(2, 3, 28, 28), "3, 28, 28"),
-                             (x[..., :27], "28, 27"), (x[:, 0], "2, 28, 28")):
-            with self.assertRaisesRegex(AssertionError, f"expected.*{named}"):
-                model(wrong)
+            for wrong in (x.to(torch.uint8), x[:, 1:], x[..., 1:], x[:, 0]):
+                self.assertRaises(AssertionError, model, wrong)
 
     def test_both_losses_are_their_formulas_for_any_lambda(self):
         model = aae.AdversarialAE()
@@ -327,11 +281,9 @@ class AAE(unittest.TestCase):
     @torch.no_grad()
     def test_the_three_posteriors_draw_codes_as_they_should(self):
         x = self.x[:1].expand(5_000, -1, -1, -1)
-        for posterior, low, high in (("deterministic", 0, 1e-5), ("gaussian", 1e-3, 100),
-                                     ("universal", 1e-3, 100)):
-            encoder = aae.Encoder(2, posterior)
-            spread = encoder(x[:200]).std(0)
-            self.assertTrue(low <= spread.min() and spread.max() < high, posterior)
+        for posterior in aae.POSTERIORS:
+            spread = aae.Encoder(2, posterior)(x[:200]).std(0)
+            self.assertEqual((spread > 1e-3).tolist(), [posterior != "deterministic"] * 2)
         encoder = aae.Encoder(2, "gaussian")
         encoder.out.weight.zero_()
         encoder.out.bias.copy_(torch.tensor([1., -2., math.log(0.5), 0.]))  # mean, log std
@@ -342,8 +294,7 @@ class AAE(unittest.TestCase):
         self.assertTrue(encoder(x[:10]).isfinite().all())
 
     def test_sliced_wasserstein_distance_in_closed_form(self):
-        a = torch.randn(20_000, 1)
-        distance = aae.sliced_wasserstein
+        a, distance = torch.randn(20_000, 1), aae.sliced_wasserstein
         self.assertAlmostEqual(distance(a, a + 0.7, 50), 0.7, places=5)  # a shift
         self.assertAlmostEqual(distance(a, a.flip(0), 50), 0, places=6)  # the same set
         # E|2z| - E|z| for twice the spread
@@ -372,100 +323,47 @@ class AAE(unittest.TestCase):
 # -- What the scripts share -------------------------------------------------------------------
 
 
-def paste(path, names):
-    """The definitions `names`, and those of the file that they use, run by themselves with nothing
-    of the file but its imports of torch and the standard library -> their namespace"""
-    definitions, body = {}, []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            definitions[node.name] = node
-        elif isinstance(node, ast.Assign):
-            definitions[node.targets[0].id] = node
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            if module.split(".")[0] in {"torch", *sys.stdlib_module_names}:
-                body.append(node)
-    used, todo = set(), list(names)
-    while todo:
-        if (name := todo.pop()) in definitions.keys() - used:
-            used.add(name)
-            todo += [n.id for n in ast.walk(definitions[name]) if isinstance(n, ast.Name)]
-    namespace = {}
-    body += [node for name, node in definitions.items() if name in used]
-    exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
-    return namespace
-
-
 class Common(TemporaryFolder):
-    def test_parts_run_when_pasted_with_torch_alone(self):
-        x = render_glyphs()[0][:2]
-        parts = paste(HERE / "vae.py", ["VAE", "log_likelihood"])
-        model = parts["VAE"](2, 4)
-        sum(model(x >> 4)).backward()
-        self.assertEqual(model.sample(2).shape, x.shape)
-        self.assertEqual(parts["log_likelihood"](model, x >> 4, 3).shape, (2,))
-
-        parts = paste(HERE / "aae.py", ["AdversarialAE", "sliced_wasserstein"])
-        model = parts["AdversarialAE"](2, "universal")
-        recon, z = model(x / 255)
-        model.autoencoder_loss(x / 255, recon, z, 0.995)[0].backward()
-        model.discriminator_loss(z.detach())[0].backward()
-        self.assertEqual(parts["sliced_wasserstein"](z, z, 10), 0)
-
-        weight = nn.Parameter(torch.eye(3))
-        weight.sum().backward()
-        paste(HERE / "common.py", ["Muon"])["Muon"]([weight], 0.1, 0.0).step()
-        self.assertTrue((weight != torch.eye(3)).any())
-
-    def test_orthogonalized_matrices_keep_their_singular_vectors(self):
-        torch.manual_seed(0)
-        for shape in ((20, 50), (50, 20), (30, 30)):
-            matrix = torch.randn(shape)
-            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-            product = u.T @ common.orthogonalize(matrix.expand(2, *shape))[1] @ vt.T
-            values = product.diag()  # of a diagonal matrix, if the vectors are the same
-            self.assertLess((product - values.diag()).abs().max(), 1e-4)
-            self.assertTrue(((0.6 < values) & (values < 1.3))[s > 0.1 * s.max()].all(), values)
-
     @unittest.skipUnless(hasattr(torch.optim, "Muon"), "this torch has no Muon")
     def test_muon_is_that_of_torch_and_takes_kernels_as_matrices(self):
         torch.manual_seed(0)
-        theirs = nn.Parameter(torch.randn(40, 24))
-        ours = nn.Parameter(theirs.detach().clone().view(40, 6, 2, 2))  # as in a convolution
-        a = common.Muon([ours], lr=0.1, weight_decay=0.1)
-        b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        before = theirs.detach().clone()
-        for _ in range(3):
-            ours.grad = torch.randn_like(ours)
-            theirs.grad = ours.grad.flatten(1)
-            a.step()
-            b.step()
-        moved = (theirs - before).norm()
-        self.assertLess((ours.flatten(1) - theirs).norm(), 0.01 * moved)  # it has bfloat16
+        for shape in ((40, 6, 2, 2), (24, 20, 2, 1)):  # kernels: a tall matrix, and a wide one
+            ours = nn.Parameter(torch.randn(shape))
+            before = ours.detach().flatten(1).clone()
+            theirs = nn.Parameter(before.clone())
+            a = common.Muon([ours], lr=0.1, weight_decay=0.1)
+            b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1,
+                                 adjust_lr_fn="match_rms_adamw")
+            for _ in range(3):
+                ours.grad = torch.randn_like(ours)
+                theirs.grad = ours.grad.flatten(1)
+                a.step()
+                b.step()
+            # Torch's is in bfloat16.
+            self.assertLess((ours.flatten(1) - theirs).norm(), 0.01 * (theirs - before).norm())
 
-    @needs_gpu
+    @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
     def test_a_step_recorded_as_a_cuda_graph_computes_what_it_does_by_itself(self):
-        results = []
-        for record in (common.cuda_graph, lambda step: step):
+        def losses(record):
             torch.manual_seed(0)
-            weight = torch.randn(5, 5, device="cuda", requires_grad=True)
-            lr = torch.zeros((), device="cuda")
+            weight, lr = torch.randn(5, 5).cuda().requires_grad_(), torch.zeros((), device="cuda")
             optimizer = common.Muon([weight], lr, weight_decay=0.1)
 
-            def step(x, y, weight=weight, optimizer=optimizer):
+            @record
+            def step(x, y):
                 loss = (x @ weight + y + torch.randn_like(x)).square().mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 return loss.detach()
 
-            recorded, losses = record(step), []
             for i in range(12):  # two shapes, each recorded at its fourth call
                 lr.fill_(0.1 / (i + 1))
                 x = torch.full((4 + i % 2, 5), 1.0 + i, device="cuda")
-                losses.append(recorded(x, 2 * x).item())
-            results.append(losses)
-        np.testing.assert_allclose(*results, rtol=1e-5)
+                yield step(x, 2 * x).item()
+
+        recorded, direct = losses(common.cuda_graph), losses(lambda step: step)
+        np.testing.assert_allclose([*recorded], [*direct], rtol=1e-5)
 
     def test_a_run_never_takes_the_folder_of_another_even_if_they_start_at_once(self):
         Path("runs/a").mkdir(parents=True)
@@ -486,31 +384,6 @@ class Common(TemporaryFolder):
         self.assertEqual(Path("a.pt").read_bytes(), before)
         identical(common.load_checkpoint(Path("a.pt"), "vae.py")["model"], checkpoint["model"])
 
-    def test_a_pickle_that_runs_code_is_not_run(self):
-        class Harm:
-            def __reduce__(self):
-                return open, ("harm", "w")
-
-        torch.save({"model": {}, "args": {"script": "vae.py"}, "x": Harm()}, "last.pt")
-        with self.assertRaisesRegex(common.UserError, "last.pt cannot be read"):
-            common.load_checkpoint(Path("last.pt"), "vae.py")
-        self.assertEqual(os.listdir(), ["last.pt"])
-
-    def test_pictures_are_grids_with_a_row_after_the_other(self):
-        images = torch.arange(6.).view(6, 1, 1, 1).expand(6, 3, 2, 2) / 5
-        common.save_images("grid.png", images, columns=3, padding=0)
-        grid = np.asarray(Image.open("grid.png"))[::4, ::4]  # [rows, columns, RGB]
-        self.assertEqual(grid.tolist(), [[[v] * 3 for v in row] for row in (
-            (0, 51, 102), (153, 204, 255))])
-
-    def test_ten_examples_are_of_as_many_labels_as_there_are(self):
-        for num_labels in (1, 3, 10, 25):
-            labels = (torch.arange(1000) - 970).clamp(min=0) % num_labels  # most are 0
-            chosen = common.ten_examples(labels)
-            self.assertEqual(len(set(chosen.tolist())), 10)
-            self.assertEqual(len(set(labels[chosen].tolist())), min(10, num_labels))
-        self.assertEqual(len(common.ten_examples(torch.zeros(3))), 3)
-
 
 # -- Images -----------------------------------------------------------------------------------
 
@@ -525,7 +398,7 @@ def load(*argv):
 
 
 def write_pictures(folder, colour=True):
-    """40 pictures in two folders: a dark half and a light one, more or less red."""
+    """40 pictures in two folders: the upper half is light, the lower one darker in some."""
     for i in range(40):
         path = Path(folder, "ab"[i % 2])
         path.mkdir(parents=True, exist_ok=True)
@@ -551,48 +424,13 @@ class Images(TemporaryFolder):
         identical(val_labels, labels[order[54_000:]])
         self.assertEqual((len(val), args.num_images, args.image_size), (6000, 70_000, 28))
         few = load("--dataset", "glyphs", "--limit", 100)[1]
-        identical(few[0], train[:100])
-        identical(few[1:3], (val[:10], test[:10]))
+        identical(few[:3], (train[:100], val[:10], test[:10]))
 
-    @needs_mnist
-    def test_mnist_is_read_from_its_files_packed_or_not(self):
-        import gzip
-
-        Path("packed/MNIST/raw").mkdir(parents=True)
-        for path in (DATA_DIR / "MNIST/raw").glob("*-ubyte"):
-            with gzip.GzipFile(f"packed/MNIST/raw/{path.name}.gz", "wb", 1, mtime=0) as file:
-                file.write(path.read_bytes())
-        self.patch_mnist_checksums("packed/MNIST/raw")
-        for folder in (DATA_DIR, "packed"):
-            args, (_, _, test, _) = load("--data-dir", folder)
-            self.assertEqual((args.dataset, len(test)), ("mnist", 10_000))
-            self.assertAlmostEqual(test.double().mean().item(), 33.791, places=3)
-
-    def patch_mnist_checksums(self, folder):
-        import torchvision
-
-        self.patch(torchvision.datasets.MNIST, "resources", [
-            (path.name, hashlib.md5(path.read_bytes()).hexdigest())
-            for path in sorted(Path(folder).glob("*.gz"))])
-
-    def without_network(self):
-        import torchvision
-
-        self.patch(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-
-    def test_without_network_glyphs_stand_in_only_if_nothing_was_asked_for(self):
-        self.without_network()
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            args, _ = load("--limit", 10)
-        self.assertEqual(args.dataset, "glyphs")
-        self.assertIn("warning: MNIST", err.getvalue())
-        for argv, named in ((["--dataset", "mnist"], "MNIST/raw"),
-                            (["--data-dir", "other"], "other/MNIST/raw")):
-            with self.assertRaisesRegex(common.UserError, named):
-                load(*argv)
-
-    @needs_mnist
-    def test_a_damaged_file_is_named_and_never_becomes_glyphs(self):
+    @unittest.skipUnless((DATA_DIR / "MNIST/raw").is_dir(), "DATA_DIR has no MNIST")
+    def test_mnist_is_read_and_a_damaged_file_is_named_and_never_becomes_glyphs(self):
+        args, (_, _, test, _) = load("--data-dir", DATA_DIR)
+        self.assertEqual((args.dataset, len(test)), ("mnist", 10_000))
+        self.assertAlmostEqual(test.double().mean().item(), 33.791, places=3)
         shutil.copytree(DATA_DIR / "MNIST/raw", "data/MNIST/raw")
         path = Path("data/MNIST/raw/t10k-images-idx3-ubyte")
         content = path.read_bytes()
@@ -600,6 +438,17 @@ class Images(TemporaryFolder):
             path.write_bytes(damaged)
             with self.assertRaisesRegex(common.UserError, "data/MNIST/raw is damaged"):
                 load()
+
+    def test_without_a_network_glyphs_stand_in_only_if_nothing_was_asked_for(self):
+        from torchvision import datasets
+
+        self.patch(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            args, _ = load("--limit", 10)
+        self.assertEqual(args.dataset, "glyphs")
+        self.assertIn("warning: MNIST", err.getvalue())
+        for argv in (["--dataset", "mnist"], ["--data-dir", "other"]):
+            self.assertRaisesRegex(common.UserError, "MNIST/raw", load, *argv)
 
     def test_own_pictures_are_read_in_colour_and_labelled_by_their_folders(self):
         write_pictures("photos")
@@ -609,7 +458,6 @@ class Images(TemporaryFolder):
         self.assertTrue((train[:, 0, 0] == 250).all())
         # 5 * i in the lower half; odd i lie in the second folder.
         identical(val[:, 2, -1, 0] // 5 % 2, val_labels.to(torch.uint8))
-        self.assertEqual(load("--dataset", "photos")[0].image_size, 32)
         write_pictures("grey", colour=False)
         self.assertEqual(load("--dataset", "grey")[1][0].shape[1:], (1, 32, 32))
 
@@ -629,9 +477,9 @@ class Images(TemporaryFolder):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             images, _ = common.read_pictures("a", 8)
         self.assertIn("11.png", err.getvalue())
-        self.assertEqual(images.shape, (10, 1, 8, 8))
-        assert_close(images[:, :, :3].float(), torch.full((10, 1, 3, 8), 200.), atol=8, rtol=0)
-        assert_close(images[:, :, 5:].float(), torch.zeros(10, 1, 3, 8), atol=8, rtol=0)
+        expected = torch.tensor([200.] * 4 + [0] * 4).view(1, 1, 8, 1).expand(10, 1, 8, 8)
+        away = torch.tensor([0, 1, 2, 5, 6, 7])  # from the edge, which JPEG blurs
+        assert_close(images.float()[:, :, away], expected[:, :, away], atol=8, rtol=0)
 
 
 # -- GPT: the model ---------------------------------------------------------------------------
@@ -649,37 +497,14 @@ def small_gpt(**changes):
     return model.eval()
 
 
-def numpy_gpt2(weights, n_head, ids):
-    """GPT-2 once more, by itself. weights: {name: array}; ids: [T] -> logits [T, V]"""
-    def layer_norm(x, name):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def dense(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    T = len(ids)
-    x = weights["wte.weight"][ids] + weights["wpe.weight"][:T]
-    for i in range(sum(name.endswith("ln_1.bias") for name in weights)):
-        qkv = dense(layer_norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
-        q, k, v = qkv.reshape(T, 3, n_head, -1).transpose(1, 2, 0, 3)  # [H, T, C / H] each
-        looks = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(k.shape[-1])) * np.tri(T)
-        heads = looks / looks.sum(-1, keepdims=True) @ v
-        x = x + dense(heads.transpose(1, 0, 2).reshape(T, -1), f"h.{i}.attn.c_proj")
-        h = dense(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        h = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h ** 3)))
-        x = x + dense(h, f"h.{i}.mlp.c_proj")
-    return layer_norm(x, "ln_f") @ weights["wte.weight"].T
-
-
 class GPTModel(unittest.TestCase):
-    def test_logits_and_loss_are_those_of_a_gpt2_in_numpy_and_no_position_sees_a_later_one(self):
+    def test_no_position_sees_a_later_one_and_the_loss_is_that_of_the_targets(self):
         for fused in (True, False):
             model, targets = small_gpt(fused=fused), TOKENS.roll(-1, 1)
-            weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
-            expected = np.stack([numpy_gpt2(weights, 4, ids) for ids in TOKENS.numpy()])
             logits, loss = model(TOKENS, targets)
-            assert_close(logits, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+            changed = torch.cat([TOKENS[:, :12], targets[:, 12:]], 1)
+            same = (model(changed)[0] - logits).abs().amax((0, 2)) < 1e-9  # [T]
+            self.assertEqual(same.tolist(), [True] * 12 + [False] * 12)
             of_targets = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
             assert_close(loss, -of_targets.mean())
 
@@ -715,17 +540,6 @@ class GPTModel(unittest.TestCase):
                 self.assertAlmostEqual(w.std().item() / std, 1, delta=0.05, msg=name)
             else:
                 self.assertTrue((w == name.endswith("weight")).all(), name)
-
-    def test_gpt_and_tokenizers_run_when_pasted_with_torch_alone(self):
-        parts = paste(HERE / "gpt.py", ["GPT", "GPTConfig", "BPETokenizer", "CharTokenizer"])
-        model = parts["GPT"](parts["GPTConfig"](61, 24, 2, 2, 16, fused=False))
-        model(TOKENS, TOKENS)[1].backward()
-        self.assertEqual(model.eval().generate(TOKENS, 3, top_p=0.9).shape, (5, 27))
-        own = byte_tokenizer("a b")
-        pasted = parts["BPETokenizer"](own.vocab, own.merges, own.special)
-        self.assertEqual(pasted.encode("ab é"), own.encode("ab é"))
-        self.assertEqual(parts["CharTokenizer"]("abc").encode("cab"), [2, 0, 1])
-
 
 class Generation(unittest.TestCase):
     def test_text_with_a_cache_is_text_without_also_beyond_the_block_and_with_a_recorded_step(self):
@@ -828,15 +642,6 @@ class Tokenizers(TemporaryFolder):
         self.assertEqual(list(tokenizer.stream(ids)), [
             "n", "", "é", "", "", "", "😀", "\n", "\ufffd", "", "\ufffd(", "\ufffd", "", "\ufffd"])
 
-    def test_words_are_split_as_unicode_says(self):
-        for text, words in (
-                ("I'm he'LL", ["I", "'m", " he", "'", "LL"]), ("a_b", ["a", "_", "b"]),
-                ("x² ½ Ⅷ", ["x", "²", " ½", " Ⅷ"]), ("e\u0301", ["e", "\u0301"]),
-                ("a\x1cb \x1f", ["a", "\x1c", "b", " \x1f"]),  # white space to Python alone
-                ("a  b\u2003\u3000c", ["a", " ", " b", "\u2003", "\u3000", "c"]),
-                ("a\r\n\n b ", ["a", "\r\n\n", " b", " "]), ("𝒳 𐍈1", ["𝒳", " 𐍈", "1"])):
-            self.assertEqual(gpt.word_pattern().findall(text), words)
-
     @unittest.skipUnless(find_spec("tiktoken"), "tiktoken is not installed")
     @unittest.skipUnless((DATA_DIR / "gpt2").is_dir(), "DATA_DIR has no GPT-2 tokenizer")
     def test_random_strings_and_tiny_shakespeare_have_the_ids_of_tiktoken(self):
@@ -861,14 +666,6 @@ class Tokenizers(TemporaryFolder):
             ids = ours.encode(text)
             self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
             self.assertEqual(ours.decode(ids), text)
-
-    def test_a_long_word_takes_no_time_that_grows_with_its_square(self):
-        word = "".join(random.Random(0).choices("ACGT", k=50_000))
-        tokenizer = byte_tokenizer("A C", "G T", "AC GT", "A A", "AC AC")
-        began = time.perf_counter()
-        ids = tokenizer.encode(word)
-        self.assertLess(time.perf_counter() - began, 5)  # with the square it takes minutes
-        self.assertEqual(tokenizer.decode(ids), word)
 
     def test_blocks_of_a_text_have_the_tokens_of_the_whole_text(self):
         tokenizer = byte_tokenizer("Ġ Ġ", "Ċ Ċ", "č Ċ", "Ċ Ġ", "a b", "Ġ a", special=["<|"])
@@ -953,8 +750,7 @@ class Pretrained(TemporaryFolder):
         self.assertEqual((type(model), model.training, model.config), (Own, False, saved.config))
         identical(model.state_dict(), saved.state_dict())
 
-    def test_other_architectures_and_pickles_that_run_code_are_refused_by_name(self):
-        Harm = type("Harm", (), {"__reduce__": lambda self: (open, ("harm", "w"))})
+    def test_other_architectures_are_refused_by_name(self):
         config = json.loads(Path("m/config.json").read_text())
         for name, value, naming in (
                 ("model_type", "gpt_neo", "model_type"), ("activation_function", "relu", "relu"),
@@ -962,10 +758,14 @@ class Pretrained(TemporaryFolder):
                 ("n_layer", 4, "h.3.ln_1.bias"), ("n_layer", 2, "h.2.ln_1.bias")):
             common.write_json("m/config.json", config | {name: value})
             self.refuse(gpt, "generate", "--model", "m", naming=naming)
-        common.write_json("m/config.json", config)
+
+    def test_a_pickle_that_runs_code_is_not_run(self):
+        Harm = type("Harm", (), {"__reduce__": lambda self: (open, ("harm", "w"))})
         os.remove("m/model.safetensors")
         torch.save({"wte.weight": Harm()}, "m/pytorch_model.bin")
-        self.refuse(gpt, "generate", "--model", "m", naming="m")  # and makes no file
+        torch.save({"model": {}, "args": {"script": "vae.py"}, "x": Harm()}, "last.pt")
+        self.refuse(gpt, "generate", "--model", "m", naming="m")  # so no file `harm` is made
+        self.refuse(vae, "--resume", ".", naming="last.pt")
 
     @torch.no_grad()
     def test_six_shapes_go_to_transformers_and_back(self):
@@ -986,15 +786,15 @@ class Pretrained(TemporaryFolder):
             identical(back.state_dict(), theirs.state_dict())
 
     def test_a_download_cut_short_leaves_no_file_and_a_whole_one_is_never_asked_for_again(self):
-        asked, cut = [], set()
+        asked, weights = [], "model.safetensors"
 
         class Hub(http.server.SimpleHTTPRequestHandler):
             def send_head(self):
                 asked.append(Path(self.path).name)
                 return super().send_head()
 
-            def copyfile(self, source, output):
-                output.write(source.read()[:-50 if asked[-1] in cut else None])
+            def copyfile(self, source, output):  # cut short if weights are asked for at first
+                output.write(source.read()[:-50 if asked.count(weights) == 1 else None])
 
         server = http.server.ThreadingHTTPServer(
             ("127.0.0.1", 0), functools.partial(Hub, directory="hub"))
@@ -1006,22 +806,15 @@ class Pretrained(TemporaryFolder):
         self.patch(torch.hub, "get_dir", lambda: "cache")
         self.patch(sys, "stderr", io.StringIO())  # where it says what is downloaded
         shutil.copytree("m", "hub/openai-community/gpt2/resolve/main")
-        several = Path(shutil.copytree("m", "hub/me/a/resolve/main"))
-        shutil.copy(several / "model.safetensors", several / "1.safetensors")
-        os.rename(several / "model.safetensors", several / "2.safetensors")
-        common.write_json(several / "model.safetensors.index.json", {
-            "weight_map": {"wte.weight": "1.safetensors", "wpe.weight": "2.safetensors"}})
-        for name, last in (("gpt2", "model.safetensors"), ("me/a", "2.safetensors")):
-            self.assertEqual(gpt.load_tokenizer(name).encode("ab"), [256])  # without weights
-            cut.add(last)
-            self.assertRaises(ConnectionError, gpt.GPT.from_pretrained, name)
-            cut.clear()
-            loaded = gpt.GPT.from_pretrained(name).state_dict()
-            identical(loaded, small_gpt().float().state_dict())
-            self.assertEqual(asked.count(last), 2)
-            asked.clear()
-            gpt.GPT.from_pretrained(name)
-            self.assertEqual((len(gpt.load_tokenizer(name)), asked), (257, []))
+
+        self.assertEqual(gpt.load_tokenizer("gpt2").encode("ab"), [256])
+        self.assertNotIn(weights, asked)
+        self.assertRaises(ConnectionError, gpt.GPT.from_pretrained, "gpt2")
+        loaded = gpt.GPT.from_pretrained("gpt2").state_dict()
+        identical(loaded, small_gpt().float().state_dict())
+        asked.clear()
+        gpt.GPT.from_pretrained("gpt2")
+        self.assertEqual((len(gpt.load_tokenizer("gpt2")), asked), (257, []))
         self.assertRaisesRegex(OSError, "me/none", gpt.GPT.from_pretrained, "me/none")  # a 404
 
 
@@ -1047,13 +840,6 @@ class GenerateCommand(TemporaryFolder):
             argv = ["generate", "--model", "letters", *argv.split()]
             self.refuse(gpt, *argv, naming=argv[3])
             self.assertLess(len(run_script(gpt, *argv)[2].splitlines()[-1]), 200)
-
-    def test_a_text_is_printed_token_by_token(self):
-        printed, next_token = [], gpt.next_token
-        with mock.patch.object(gpt, "next_token", lambda *args, **sampling: printed.append(
-                sys.stdout.getvalue()) or next_token(*args, **sampling)):
-            out = self.write("--prompt", "my text", "--max-new-tokens", 30)
-        self.assertEqual([*printed, out], [out[:i] for i in (*range(7, 37), 38)])
 
     def test_each_sample_and_each_seed_has_a_text_of_its_own_and_has_it_again(self):
         for flags in (["--model", "letters"], ["--model", "bytes"], ["--half"]):
@@ -1201,6 +987,7 @@ class Training(TemporaryFolder):
 IMAGES = "--dataset glyphs --limit 300 --batch-size 20 --num-filters 4 --device cpu"
 SHORT = {vae: IMAGES, aae: IMAGES, gpt: GPT_RUN}
 RATES = {vae: ["--lr"], aae: ["--ae-lr", "--d-lr"], gpt: ["--lr"]}
+PICTURES = ((vae, "save_pictures"), (aae, "save_pictures"), (common, "save_curves"))
 
 
 def length(script, epochs):
@@ -1212,15 +999,26 @@ def short(script, epochs, *more):
     return [*SHORT[script].split(), *length(script, epochs), *more]
 
 
+def with_rate(script, rate):
+    return [word for flag in RATES[script] for word in (flag, rate)]
+
+
 def resume(script, run, *more):
     return [*["train"] * (script is gpt), "--resume", run, *more]
 
 
-def no_pictures(test):
-    """A decorator: the scripts save no pictures, which take most of a short run's time."""
-    for name in ("vae.save_pictures", "aae.save_pictures", "common.save_curves"):
-        test = mock.patch(name, lambda *_, **__: None)(test)
-    return test
+def assert_the_same_run(first, second, error=0.0):
+    """All tensors of the checkpoints, and all results but times, are the same."""
+    contents = []
+    for run in (first, second):
+        saved = {path.name: torch.load(path) for path in sorted(Path(run).glob("*.pt"))}
+        rows = [*saved["last.pt"]["rows"], *read_rows(run)]
+        rows += [json.loads(path.read_text()) for path in Path(run).glob("test.json")]
+        for row in rows:
+            row.update(seconds=0, images_per_s=0, tokens_per_s=0)
+        contents.append([rows, *([checkpoint.get(name) or {} for checkpoint in saved.values()]
+                                 for name in ("model", "optimizers", "scaler"))])
+    assert_close(*contents, rtol=error, atol=error)
 
 
 def run_and_die(script, argv, instant):
@@ -1242,8 +1040,10 @@ def run_and_die(script, argv, instant):
     torch.Tensor.backward = dangerous(torch.Tensor.backward)
     os.fsync, os.replace = dangerous(os.fsync), dangerous(os.replace)
     common.render_glyphs = lambda: torch.load("glyphs.pt")
+    for owner, name in PICTURES:
+        setattr(owner, name, lambda *_, **__: None)
     with contextlib.redirect_stdout(io.StringIO()):
-        no_pictures(sys.modules[script].main)([str(word) for word in argv])
+        sys.modules[script].main([str(word) for word in argv])
 
 
 def start(function, *arguments):
@@ -1255,26 +1055,38 @@ def start(function, *arguments):
     return process
 
 
+class RunFolders(TemporaryFolder):
+    def test_a_run_leaves_its_files_and_pictures(self):
+        write_text("text.txt")
+        samples = "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png"
+        rebuilt = samples.replace("samples", "reconstructions")
+        for script, flags, name, own in (
+                (vae, "--z-dim 2", "vae-z2-glyphs", f"test.json best.pt bpd.png {samples} "
+                 "reconstructions.png latents.png manifold.png"),
+                (vae, "", "vae-z20-glyphs", f"test.json best.pt bpd.png {samples} "
+                 "reconstructions.png"),
+                (aae, "--z-dim 2 --lam 1", "aae-z2-lam1-glyphs", f"test.json manifold.png mse.png "
+                 f"codes.png adversary.png {samples} {rebuilt}"),
+                (aae, "--posterior universal", "aae-z8-lam0.995-universal-glyphs", "test.json "
+                 f"codes.png mse.png adversary.png {samples} {rebuilt}"),
+                (gpt, "", "gpt-text", "config.json model.safetensors vocab.json loss.png")):
+            out = self.succeed(script, *short(script, 2, *flags.split()))
+            self.assertRegex(out.splitlines()[-1], f"^{name}.* -> runs/{name}$")
+            self.assertIn(f"--resume runs/{name}", out.splitlines()[0])
+            self.assertEqual(sorted(os.listdir(f"runs/{name}")), sorted(
+                f"args.json metrics.jsonl last.pt {own}".split()))
+            for path in Path(f"runs/{name}").glob("*.json"):
+                json.loads(path.read_text(), parse_constant=self.fail)  # no nan
+
+
 class Runs(TemporaryFolder):
     def setUp(self):
         super().setUp()
         write_text("text.txt")
-
-    def assert_the_same_run(self, first, second, error=0.0):
-        """All tensors of the checkpoints, and all results but times, are the same."""
-        contents = []
-        for run in (first, second):
-            saved = {path.name: torch.load(path) for path in sorted(Path(run).glob("*.pt"))}
-            rows = [*saved["last.pt"]["rows"], *read_rows(run)]
-            rows += [json.loads(path.read_text()) for path in Path(run).glob("test.json")]
-            for row in rows:
-                row.update(seconds=0, images_per_s=0, tokens_per_s=0)
-            contents.append([rows, *([checkpoint.get(name) or {} for checkpoint in saved.values()]
-                                     for name in ("model", "optimizers", "scaler"))])
-        assert_close(*contents, rtol=error, atol=error)
+        for owner, name in PICTURES:  # they would take most of a short run's time
+            self.patch(owner, name, lambda *_, **__: None)
 
     @needs_processes
-    @no_pictures
     def test_killed_five_times_and_resumed_ends_bit_for_bit_the_same(self):
         torch.save(render_glyphs(), "glyphs.pt")
         for script in SHORT:
@@ -1291,52 +1103,44 @@ class Runs(TemporaryFolder):
                 process.join()
                 self.assertEqual(process.exitcode, -signal.SIGKILL)
             self.succeed(script, *extend)
-            self.assert_the_same_run(f"{name}-whole", f"{name}-killed")
+            assert_the_same_run(f"{name}-whole", f"{name}-killed")
         identical(*(gpt.GPT.from_pretrained(f"gpt-{run}").state_dict() for run in (
             "whole", "killed")))
 
-    @no_pictures
-    def test_16_bits_learn_as_32_do_and_after_ctrl_c_each_run_is_resumed_and_ends_the_same(self):
-        save = common.save_checkpoint
-
-        def save_and_stop(path, checkpoint):
+    def test_16_bits_learn_as_32_do_and_a_run_stopped_by_ctrl_c_is_resumed_and_ends_the_same(self):
+        def save_and_stop(path, checkpoint, save=common.save_checkpoint):
             save(path, checkpoint)
             if path.name == "last.pt" and len(checkpoint["rows"]) == 1:
                 raise KeyboardInterrupt
 
-        for script, column, dtypes in (
-                (vae, "train_bpd", [torch.bfloat16]), (aae, "train_mse", [torch.bfloat16]),
-                (gpt, "train_loss", [torch.bfloat16, torch.float16])):
+        for script, column, *dtypes in (
+                (vae, "train_bpd", torch.bfloat16), (aae, "train_mse", torch.bfloat16),
+                (gpt, "train_loss", torch.bfloat16, torch.float16)):
             losses = {}
             for dtype in (torch.float32, *dtypes):
                 device = torch.device("cpu"), dtype
                 self.patch(common, "pick_device", lambda *_, device=device, **__: device)
-                runs = [f"{script.__name__}-{dtype}{end}" for end in ("", "-stopped")]
-                self.succeed(script, *short(script, 3, "--out-dir", runs[0]))
+                whole, stopped = (f"{script.__name__}-{dtype}{end}" for end in ("", "-stopped"))
+                self.succeed(script, *short(script, 3, "--out-dir", whole))
                 with mock.patch.object(common, "save_checkpoint", save_and_stop):
-                    status, _, err = run_script(script, *short(script, 3, "--out-dir", runs[1]))
-                self.assertEqual((status, err.strip().count("\n")), (130, 0), err)
-                self.succeed(script, *resume(script, runs[1]))
-                self.assert_the_same_run(*runs)
-                saved = torch.load(f"{runs[0]}/last.pt")
-                self.assertEqual({w.dtype for w in saved["model"].values()}, {torch.float32})
-                losses[dtype] = saved["rows"][-1][column]
+                    status, _, _ = run_script(script, *short(script, 3, "--out-dir", stopped))
+                self.assertEqual(status, 130)
+                self.succeed(script, *resume(script, stopped))
+                assert_the_same_run(whole, stopped)
+                losses[dtype] = read_rows(whole)[-1][column]
                 self.assertAlmostEqual(losses[dtype] / losses[torch.float32], 1, delta=0.03)
-        self.assertTrue(saved["scaler"])  # of float16
+        self.assertTrue(torch.load(f"{whole}/last.pt")["scaler"])  # of float16
 
-    @no_pictures
-    def test_a_finished_run_can_be_extended_with_another_rate_or_only_tested_again(self):
-        for script, rates in RATES.items():
+    def test_a_finished_run_can_be_tested_again_or_extended_with_another_rate(self):
+        for script in SHORT:
             run = script.__name__
             self.succeed(script, *short(script, 2, "--out-dir", run))
             rows = read_rows(run)
             self.succeed(script, *resume(script, run))
             self.assertEqual(read_rows(run), rows)
-            self.succeed(script, *resume(script, run, *length(script, 3), rates[-1], 1e-4))
-            self.assertEqual(read_rows(run)[:2], rows)
-            self.assertEqual(len(read_rows(run)), 3)
+            self.succeed(script, *resume(script, run, *length(script, 3), *with_rate(script, 1e-4)))
+            self.assertEqual((read_rows(run)[:2], len(read_rows(run))), (rows, 3))
 
-    @no_pictures
     def test_what_does_not_fit_a_run_is_refused(self):
         Path("half").mkdir()
         for script, other, size in ((vae, "gpt", "--z-dim"), (aae, "vae", "--z-dim"),
@@ -1353,16 +1157,13 @@ class Runs(TemporaryFolder):
             if Path(other).exists():
                 self.refuse(script, *resume(script, other), naming=f"{other}.py")
 
-    @no_pictures
     def test_changed_data_is_noticed_on_resume(self):
         write_pictures("photos")
-        for script in (vae, aae):
-            argv = short(script, 1, "--dataset", "photos", "--image-size", 16, "--out-dir")
-            self.succeed(script, *argv, script.__name__)
+        self.succeed(vae, *short(vae, 1, "--dataset", "photos", "--out-dir", "vae"))
         self.succeed(gpt, *short(gpt, 1, "--out-dir", "gpt"))
         shutil.copy("photos/a/00.png", "photos/a/new.png")
         Path("text.txt").write_text("abc" * 999)
-        for script, naming in ((vae, "photos"), (aae, "photos"), (gpt, "text.txt")):
+        for script, naming in ((vae, "photos"), (gpt, "text.txt")):
             argv = resume(script, script.__name__, *length(script, 2))
             status, _, err = run_script(script, *argv)
             self.assertEqual(status, 2)
@@ -1389,124 +1190,31 @@ class Runs(TemporaryFolder):
                     self.refuse(script, *SHORT[script].split(), *argv.split(),
                                 naming=named.get(flag, flag))
 
-    def test_torchrun_is_for_gpt_alone(self):
-        for rank, lines in ((0, 1), (1, 0)):
-            with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": str(rank)}):
-                status, out, err = run_script(vae, *short(vae, 1))
-            self.assertEqual((status, out, len(err.splitlines())), (2, "", lines))
-
-    @no_pictures
     def test_a_too_high_rate_stops_a_run_before_its_weights_are_saved(self):
-        for script, rates in RATES.items():
-            argv = short(script, 1, rates[0], 1e9, "--out-dir", "a")
+        for script in SHORT:
+            argv = short(script, 1, "--out-dir", "a", *with_rate(script, 1e9))
             status, _, err = run_script(script, *argv)
             self.assertEqual((status, len(err.splitlines())), (2, 1), err)
             self.assertFalse(Path("a/last.pt").exists())
 
-    def test_a_run_leaves_its_files_and_pictures(self):
-        samples = "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png"
-        rebuilt = samples.replace("samples", "reconstructions")
-        for script, flags, name, own in (
-                (vae, "--z-dim 2", "vae-z2-glyphs", f"test.json best.pt bpd.png {samples} "
-                 "reconstructions.png latents.png manifold.png"),
-                (vae, "", "vae-z20-glyphs", f"test.json best.pt bpd.png {samples} "
-                 "reconstructions.png"),
-                (aae, "--z-dim 2 --lam 1", "aae-z2-lam1-glyphs", f"test.json manifold.png mse.png "
-                 f"codes.png adversary.png {samples} {rebuilt}"),
-                (aae, "--posterior universal", "aae-z8-lam0.995-universal-glyphs", "test.json "
-                 f"codes.png mse.png adversary.png {samples} {rebuilt}"),
-                (gpt, "", "gpt-text", "config.json model.safetensors vocab.json loss.png")):
-            out = self.succeed(script, *short(script, 2, *flags.split()))
-            self.assertRegex(out.splitlines()[-1], f"^{name}.* -> runs/{name}$")
-            self.assertIn(f"--resume runs/{name}", out.splitlines()[0])
-            self.assertEqual(sorted(os.listdir(f"runs/{name}")), sorted(
-                f"args.json metrics.jsonl last.pt {own}".split()))
-            for path in Path(f"runs/{name}").glob("*.json"):
-                json.loads(path.read_text(), parse_constant=self.fail)  # no nan
+    def test_each_epoch_has_random_numbers_of_its_own(self):
+        for script, column in ((vae, "train_rec"), (aae, "disc_loss")):
+            argv = short(script, 2, "--out-dir", script.__name__)
+            self.succeed(script, *argv, *with_rate(script, 0))  # so that weights stay
+            first, second = (row[column] for row in read_rows(script.__name__))
+            self.assertNotEqual(first, second)
 
-    @no_pictures
-    def test_each_epoch_and_each_seed_has_an_order_of_its_own(self):
-        orders, randperm = [], torch.randperm
-        for script, seed in itertools.product((vae, aae), (1, 1, 2)):
-            with mock.patch.object(torch, "randperm", lambda n, **options: orders.append(
-                    tuple(randperm(n, **options).tolist())) or torch.tensor(orders[-1])):
-                self.succeed(script, *short(script, 2, "--seed", seed))
-        orders = [order for order in orders if len(order) == 300]  # without the split's
-        for first, again, other in (orders[0:6:2], orders[1:6:2], orders[6:12:2], orders[7:12:2]):
-            self.assertEqual(first, again)
-            self.assertNotEqual(first, other)
-        self.assertTrue(orders[0] != orders[1] and orders[6] != orders[7])
-
-    @no_pictures
-    def test_in_a_changed_copy_every_parameter_is_trained_and_dropout_is_off_in_evaluation(self):
-        for script, name in ((vae, "VAE"), (aae, "AdversarialAE")):
-            modes = set()
-
-            class Changed(getattr(script, name)):
-                def __init__(self, **config):
-                    super().__init__(**config)
-                    self.scale = nn.Parameter(torch.ones(()))
-                    self.cube = nn.Parameter(torch.ones(1, 28, 28))
-                    decode = self.decoder.forward
-                    self.decoder.forward = lambda z: self.scale * self.cube * decode(z)
-
-                def forward(self, x, modes=modes):
-                    modes.add((self.training, torch.is_grad_enabled()))
-                    return super().forward(x)
-
-            with mock.patch.object(script, name, Changed):
-                self.succeed(script, *short(script, 2, "--out-dir", name))
-            trained = torch.load(f"{name}/last.pt")["model"]
-            for weight in (trained["scale"], trained["cube"]):
-                self.assertGreater((weight - 1).abs().min().item(), 0)
-            self.assertEqual(modes, {(True, True), (False, False)})
-
-    @no_pictures
-    def test_in_a_changed_gpt_every_parameter_is_trained_by_one_optimizer(self):
-        starts = []
-
-        class Changed(gpt.GPT):
-            def __init__(self, config):
-                super().__init__(config)
-                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-                self.scale = nn.Parameter(torch.ones(()))
-                self.h[0].cube = nn.Parameter(torch.ones(1, 1, config.n_embd))
-                starts.append({name: w.detach().clone() for name, w in self.named_parameters()})
-
-            def logits(self, x):
-                return self.lm_head(self.scale * self.h[0].cube[0] * x)
-
-        self.patch(gpt, "GPT", Changed)
-        for optimizer in ("muon", "adamw"):
-            self.succeed(gpt, *short(gpt, 1, "--optimizer", optimizer, "--out-dir", optimizer))
-            saved = torch.load(f"{optimizer}/last.pt")
-            self.assertEqual(len(starts[-1]), sum(
-                len(group["params"]) for o in saved["optimizers"] for group in o["param_groups"]))
-            for name, first in starts[-1].items():
-                self.assertTrue((saved["model"][name] != first).any(), name)
-
-    @no_pictures
-    def test_own_colour_pictures_are_learned_better_than_their_mean_image(self):
+    def test_own_colour_pictures_are_learned(self):
         write_pictures("photos")
-        for script, name in ((vae, "VAE"), (aae, "AdversarialAE")):
+        pixels = common.read_pictures(os.path.abspath("photos"), 16)[0] / 127.5
+        # The mean image's error, and the bits of three colours above and below, each by itself
+        for script, column, simple in ((aae, "val_mse", pixels.var(0).mean().item()),
+                                       (vae, "val_bpd", 5 / 6 * math.log2(200 / 16))):
             self.succeed(script, *short(script, 100, "--dataset", "photos", "--image-size", 16,
                                         "--num-filters", 16, "--batch-size", 8, "--z-dim", 4))
             run, = Path("runs").glob(f"{script.__name__}-*-photos")
-            saved = torch.load(run / "last.pt", weights_only=True)
-            model = getattr(script, name)(**saved["config"]).eval()
-            model.load_state_dict(saved["model"])
-            _, (train, val, _, _) = load("--dataset", "photos", "--image-size", 16)
-            with torch.no_grad():
-                if script is vae:
-                    means, _ = model.encoder(vae.to_4_bits(val))
-                    rebuilt = vae.mean_image(model.decoder(means))
-                else:
-                    rebuilt = (model(aae.to_float(val))[0] + 1) / 2
-            error = (rebuilt - val / 255).square().mean()
-            of_mean = (train.float().mean(0) / 255 - val / 255).square().mean()
-            self.assertLess(error, 0.5 * of_mean)
+            self.assertLess(read_rows(run)[-1][column], 0.5 * simple)
 
-    @no_pictures
     def test_the_model_that_is_best_in_validation_is_tested_or_kept(self):
         losses = iter([[3, 3], [1, 1], [2, 2], [5, 5], [6, 6]])  # three epochs, test
         with mock.patch.object(vae, "evaluate", lambda *_: next(losses)):
@@ -1519,7 +1227,6 @@ class Runs(TemporaryFolder):
         identical(last, torch.load("2.0/last.pt")["model"])
         self.assertTrue((first["wte.weight"] != last["wte.weight"]).any())
 
-    @no_pictures
     def test_codes_come_to_the_prior_only_if_they_are_asked_to(self):
         for lam, low, high in ((0.995, 0, 3), (1, 4, 1000)):
             self.succeed(aae, *short(aae, 6, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
@@ -1528,19 +1235,17 @@ class Runs(TemporaryFolder):
             self.assertLess(test["test_mse"], 0.18)  # 0.22: the mean of all images
             self.assertTrue(low < test["val_distance"] < high, test)
 
-    @no_pictures
     def test_each_phase_of_the_aae_moves_its_own_networks_alone(self):
         torch.manual_seed(42)
         first = aae.AdversarialAE(num_filters=4).state_dict()
-        for flags, expected in (("", {"encoder", "decoder", "discriminator"}),
-                                ("--d-lr 0", {"encoder", "decoder"}),
-                                ("--ae-lr 0", {"discriminator"})):
-            self.succeed(aae, *short(aae, 1, *flags.split(), "--out-dir", "a"))
-            last = torch.load("a/last.pt")["model"]
+        for i, (flags, expected) in enumerate((
+                ("", {"encoder", "decoder", "discriminator"}),
+                ("--d-lr 0", {"encoder", "decoder"}), ("--ae-lr 0", {"discriminator"}))):
+            self.succeed(aae, *short(aae, 1, *flags.split(), "--out-dir", f"{i}"))
+            last = torch.load(f"{i}/last.pt")["model"]
             moved = {name.split(".")[0] for name in first
                      if (first[name] - last[name]).abs().max() > 1e-20}
             self.assertEqual(moved, expected, flags)
-            shutil.rmtree("a")
 
 
 def train_apart(argv, environment, instant):
@@ -1573,11 +1278,70 @@ class TwoProcesses(TemporaryFolder):
         killed = self.train(*argv, "killed", processes=2, instant=40)
         self.assertIn(-signal.SIGKILL, killed)
         self.assertEqual(self.train("train", "--resume", "killed", processes=1), [0])
-        Runs.assert_the_same_run(self, "one", "two", error=1e-9)
-        Runs.assert_the_same_run(self, "one", "killed", error=1e-9)
+        assert_the_same_run("one", "two", error=1e-9)
+        assert_the_same_run("one", "killed", error=1e-9)
 
 
-# -- README -----------------------------------------------------------------------------------
+# -- A copy that somebody changes, and README -------------------------------------------------
+
+
+class Copies(TemporaryFolder):
+    def test_parts_run_when_pasted_with_torch_alone(self):
+        def paste(file):  # -> what it defines, if only torch and the standard library are imported
+            source, names = (HERE / file).read_text(encoding="utf-8"), {"__name__": "pasted"}
+            others = r"(?m)^(import common|import numpy as np|from tqdm import tqdm)$"
+            exec(re.sub(others, "", source), names)
+            return names
+
+        vae_parts, aae_parts, gpt_parts = paste("vae.py"), paste("aae.py"), paste("gpt.py")
+        x = render_glyphs()[0][:2]
+        model = vae_parts["VAE"](2, 4)
+        sum(model(x >> 4)).backward()
+        self.assertEqual(model.sample(2).shape, x.shape)
+        self.assertEqual(vae_parts["log_likelihood"](model, x >> 4, 3).shape, (2,))
+        paste("common.py")["Muon"]([model.decoder.net[0].weight], 0.1, 0.0).step()
+
+        model = aae_parts["AdversarialAE"](2, "universal")
+        recon, z = model(x / 255)
+        model.autoencoder_loss(x / 255, recon, z, 0.995)[0].backward()
+        model.discriminator_loss(z.detach())[0].backward()
+        self.assertEqual(aae_parts["sliced_wasserstein"](z, z, 10), 0)
+
+        model = gpt_parts["GPT"](gpt_parts["GPTConfig"](61, 24, 2, 2, 16, fused=False))
+        model(TOKENS, TOKENS)[1].backward()
+        self.assertEqual(model.eval().generate(TOKENS, 3, top_p=0.9).shape, (5, 27))
+        own = byte_tokenizer("a b")
+        pasted = gpt_parts["BPETokenizer"](own.vocab, own.merges, own.special)
+        self.assertEqual(pasted.encode("ab é"), own.encode("ab é"))
+        self.assertEqual(gpt_parts["CharTokenizer"]("abc").encode("cab"), [2, 0, 1])
+
+    def test_added_parameters_are_trained_by_one_optimizer_and_dropout_is_off_in_evaluation(self):
+        class Changed:
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.own = nn.ParameterList(map(torch.ones, ((), (2, 2), (1, 2, 2))))
+
+            def forward(self, *inputs):
+                self.modes.add((self.training, torch.is_grad_enabled()))
+                factor = math.prod(weight.mean() for weight in self.own)
+                return [factor * result for result in super().forward(*inputs)]
+
+        write_text("text.txt")
+        for script, name, flags in ((vae, "VAE", ""), (aae, "AdversarialAE", ""), *(
+                (gpt, "GPT", f"--optimizer {optimizer}") for optimizer in ("muon", "adamw"))):
+            changed = type(name, (Changed, getattr(script, name)), {"modes": set()})
+            for run, rates in ((f"{name}{flags}-still", with_rate(script, 0)),
+                               (f"{name}{flags}-moved", [])):
+                with mock.patch.object(script, name, changed):
+                    argv = short(script, 1, "--out-dir", run)
+                    self.succeed(script, *argv, *flags.split(), *rates)
+            still, moved = (torch.load(f"{name}{flags}-{run}/last.pt") for run in (
+                "still", "moved"))
+            for weight, before in still["model"].items():
+                self.assertTrue((moved["model"][weight] != before).any(), weight)
+            groups = [group for o in moved["optimizers"] for group in o["param_groups"]]
+            self.assertEqual(sum(len(group["params"]) for group in groups), len(moved["model"]))
+            self.assertEqual(changed.modes, {(True, True), (False, False)})
 
 
 class Readme(TemporaryFolder):
@@ -1593,15 +1357,16 @@ class Readme(TemporaryFolder):
             if flags:
                 self.assertLessEqual(flags, set(run_script(script, *command, "--help")[1].split()))
 
-    @no_pictures
     def test_the_lines_of_python_run(self):
         blocks = re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
         self.assertGreater(len(blocks), 1)
-        self.succeed(vae, *short(vae, 1, "--out-dir", "runs/vae-z20"))
+        for z_dim in (2, 20):
+            argv = short(vae, 1, "--z-dim", z_dim, "--out-dir", f"runs/vae-z{z_dim}")
+            self.succeed(vae, *argv)
         # In the place of the one on the hub:
         write_folder("gpt2", byte_tokenizer(special=["<|endoftext|>"]), vocab_size=257)
         for block in blocks:
-            exec(block, {})
+            exec(block.replace("60", "3"), {})  # fewer frames
 
     def test_the_pictures_are_there_and_small(self):
         pictures = re.findall(r"figures/[\w.-]+", self.TEXT)
@@ -1650,11 +1415,10 @@ def ordinary_images(script, data_dir, number):
     data = datasets.MNIST(data_dir, train=True, transform=transforms.ToTensor())
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(number)), 64,
                                          shuffle=True)
-    parameters = dict(model.named_parameters())
-    d_optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1)), *(
-        p for name, p in parameters.items() if name.startswith("discriminator"))], lr=1e-4)
-    optimizer = torch.optim.Adam([p for name, p in parameters.items()
-                                  if not name.startswith("discriminator")], lr=1e-3)
+    networks = nn.ModuleList([model.encoder, model.decoder])
+    optimizer = torch.optim.Adam(networks.parameters(), lr=1e-3)
+    if script == "aae.py":
+        d_optimizer = torch.optim.Adam(model.discriminator.parameters(), lr=1e-4)
 
     def epoch():
         for x, _ in loader:
