@@ -252,7 +252,7 @@ def save_pictures(model, images, labels, codes, run, epoch):
         axes.hist(codes.numpy(), bins=50, histtype="step", density=True)  # one line a dimension
         z = torch.linspace(-4, 4, 200)
         axes.plot(z, torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi), "k", linewidth=2)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 0.6)
         common.save(run / "codes.png", figure.savefig)
 
 

@@ -389,7 +389,7 @@ def save_scatter(path, z, labels):
     """Points z [N, 2], ten colours for their labels, and the prior's circles of 1, 2 and 3 sigma"""
     from matplotlib.figure import Figure  # slow; without pyplot no window opens
 
-    reach = max(4, z.abs().quantile(0.999).item())  # a far point would make all others small
+    reach = max(4, z.abs().quantile(0.99).item())  # a far point would make all others small
     figure = Figure(figsize=(6, 5.2), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="z[0]", ylabel="z[1]", aspect="equal",
                               xlim=(-reach, reach), ylim=(-reach, reach))
