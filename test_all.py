@@ -136,7 +136,7 @@ class VAE(unittest.TestCase):
         formula = (x.double() / 255 * 16).floor().clamp(max=15)
         identical(vae.to_4_bits(x), formula.to(torch.uint8))
 
-    def test_a_model_of_zeros_needs_exactly_4_bits_a_pixel(self):
+    def test_a_model_whose_weights_are_zero_needs_exactly_4_bits_per_pixel(self):
         for parameter in self.model.parameters():
             nn.init.zeros_(parameter)
         rec, kl = self.model(self.images[:64])
@@ -159,7 +159,7 @@ class VAE(unittest.TestCase):
         expected = -categorical.log_prob(x).sum((1, 2, 3))
         assert_close(vae.reconstruction_loss(logits, x.to(torch.uint8)), expected)
 
-    def test_the_decoder_gets_draws_of_the_posterior_which_pass_gradients(self):
+    def test_the_decoder_gets_posterior_samples_that_pass_gradients_to_the_encoder(self):
         mean = torch.full((5000, 1), 2., requires_grad=True)
         log_std = torch.full((5000, 1), -1., requires_grad=True)
         model, drawn = vae.VAE(z_dim=1, num_filters=4), []
@@ -173,7 +173,7 @@ class VAE(unittest.TestCase):
         assert_close(mean.grad, torch.ones(5000, 1))
         assert_close(log_std.grad, (z - mean).detach())
 
-    def test_both_likelihood_estimates_equal_the_integral_at_one_dimension(self):
+    def test_both_estimates_of_log_p_x_equal_the_integral_for_a_one_dimensional_latent(self):
         class Toy(nn.Module):  # 2x2 images whose logits are linear in z, and a rough posterior
             def encoder(self, x):
                 return torch.full((len(x), 1), 0.3), torch.full((len(x), 1), -0.2)
@@ -186,19 +186,19 @@ class VAE(unittest.TestCase):
         log_prior = torch.distributions.Normal(0, 1).log_prob(z.squeeze(1))
         exact = torch.stack([
             (log_prior - vae.reconstruction_loss(Toy().decoder(z), image.expand(4001, 1, 2, 2)))
-            .logsumexp(0) + math.log(16 / 4000) for image in x])
+            .logsumexp(0) + (z[1] - z[0]).log() for image in x])
         for from_prior in (False, True):
             estimate = vae.log_likelihood(Toy(), x, 10_000, from_prior)
             self.assertLess((estimate - exact).abs().max().item(), 0.05, from_prior)
 
-    def test_evaluation_weighs_each_image_the_same_and_repeats_its_noise(self):
+    def test_evaluation_weighs_each_image_the_same_and_gives_the_same_result_again(self):
         images = self.images[:101]  # the last batch has one
         rec, kl = vae.evaluate(lambda x: (x.double().mean(), -x.double().mean()), images)
         self.assertAlmostEqual(rec, images.double().mean().item(), places=9)
         self.assertAlmostEqual(kl, -rec, places=9)
         self.assertEqual(vae.evaluate(self.model, images), vae.evaluate(self.model, images))
 
-    def test_log_std_is_bounded_and_keeps_its_gradient(self):
+    def test_log_std_is_bounded_and_has_a_gradient_at_the_bounds(self):
         encoder = vae.Encoder(z_dim=3)
         nn.init.zeros_(encoder.log_std.weight)
         for bias, expected in ((1, 1), (100, 5), (-100, -5), (15, 5)):
@@ -208,7 +208,7 @@ class VAE(unittest.TestCase):
         log_std.sum().backward()
         self.assertGreater(encoder.log_std.bias.grad.min().item(), 1e-3)
 
-    def test_images_of_any_shape_are_learned_and_drawn_and_other_images_are_refused(self):
+    def test_any_image_shape_can_be_trained_and_input_of_another_shape_is_refused(self):
         for channels, size in SHAPES:
             model = vae.VAE(5, 4, channels, size)
             x = torch.randint(16, (3, channels, size, size), dtype=torch.uint8)
@@ -220,7 +220,7 @@ class VAE(unittest.TestCase):
             for wrong in (x.float(), x[:, 1:], x[..., 1:], x[:, 0]):
                 self.assertRaises(AssertionError, model, wrong)
 
-    def test_samples_follow_the_decoders_categorical(self):
+    def test_samples_follow_the_decoders_categorical_distribution(self):
         model = vae.VAE(z_dim=2, num_filters=4, channels=2)
         for parameter in model.decoder.parameters():
             nn.init.zeros_(parameter)
@@ -232,7 +232,7 @@ class VAE(unittest.TestCase):
             frequency = torch.bincount(x, minlength=16) / len(x)
             assert_close(frequency, logits[:, channel].softmax(0), atol=0.005, rtol=0)
 
-    def test_the_plane_grows_to_the_right_and_upwards_over_the_priors_percentiles(self):
+    def test_the_plane_of_latents_runs_right_and_up_over_the_percentiles_of_the_prior(self):
         cdf = torch.distributions.Normal(0, 1).cdf(common.prior_grid(3))
         expected = [[x, y] for y in (5 / 6, 1 / 2, 1 / 6) for x in (1 / 6, 1 / 2, 5 / 6)]
         assert_close(cdf, torch.tensor(expected), atol=1e-5, rtol=0)
@@ -246,7 +246,7 @@ class AAE(unittest.TestCase):
         torch.manual_seed(0)
         self.x = aae.to_float(render_glyphs()[0][:64])
 
-    def test_images_of_any_shape_are_learned_and_drawn_and_other_images_are_refused(self):
+    def test_any_image_shape_can_be_trained_and_input_of_another_shape_is_refused(self):
         for (channels, size), posterior in itertools.product(SHAPES, aae.POSTERIORS):
             model = aae.AdversarialAE(5, posterior, 4, channels, size)
             x = torch.rand(3, channels, size, size)
@@ -260,7 +260,7 @@ class AAE(unittest.TestCase):
             for wrong in (x.to(torch.uint8), x[:, 1:], x[..., 1:], x[:, 0]):
                 self.assertRaises(AssertionError, model, wrong)
 
-    def test_both_losses_are_their_formulas_for_any_lambda(self):
+    def test_autoencoder_and_discriminator_losses_are_their_formulas_for_any_lambda(self):
         model = aae.AdversarialAE()
         recon, z = model(self.x)
         logits = model.discriminator(z)
@@ -275,7 +275,7 @@ class AAE(unittest.TestCase):
         disc, _ = model.discriminator_loss(z)
         assert_close(disc, -(real.sigmoid().log() + (1 - logits.sigmoid()).log()).mean() / 2)
 
-    def test_accuracy_counts_draws_of_the_prior_and_codes_alike(self):
+    def test_the_discriminators_accuracy_weighs_prior_samples_and_codes_alike(self):
         model = aae.AdversarialAE(z_dim=1)
         for slope, z, expected in ((1, -5., 0.75), (1, 5., 0.25), (0, 5., 0.5)):
             model.discriminator.forward = lambda z, slope=slope: slope * z  # draws: half above 0
@@ -283,7 +283,7 @@ class AAE(unittest.TestCase):
             self.assertAlmostEqual(accuracy.item(), expected, delta=0.01)
 
     @torch.no_grad()
-    def test_the_three_posteriors_draw_codes_as_they_should(self):
+    def test_deterministic_gaussian_and_universal_encoders_draw_codes_as_defined(self):
         x = self.x[:1].expand(5_000, -1, -1, -1)
         for posterior in aae.POSTERIORS:
             spread = aae.Encoder(2, posterior)(x[:200]).std(0)
@@ -297,7 +297,7 @@ class AAE(unittest.TestCase):
         encoder.out.bias.fill_(1e4)
         self.assertTrue(encoder(x[:10]).isfinite().all())
 
-    def test_sliced_wasserstein_distance_in_closed_form(self):
+    def test_the_sliced_wasserstein_distance_has_its_closed_form_values(self):
         a, distance = torch.randn(20_000, 1), aae.sliced_wasserstein
         self.assertAlmostEqual(distance(a, a + 0.7, 50), 0.7, places=5)  # a shift
         self.assertAlmostEqual(distance(a, a.flip(0), 50), 0, places=6)  # the same set
@@ -305,15 +305,16 @@ class AAE(unittest.TestCase):
         shifted = distance(a, a + torch.tensor([3., 4]), 10_000)  # 5 times the mean of |cos|
         self.assertAlmostEqual(shifted, 5 * 2 / math.pi, delta=0.05)
 
-    def test_the_distance_to_the_prior_is_1_for_draws_of_it_and_more_for_other_codes(self):
-        class Fixed(nn.Module):  # codes are draws of N(0, spread^2), images come back as zeros
-            def forward(self, x):
-                return torch.zeros_like(x), spread * torch.randn(len(x), 8, generator=generator)
+    def test_the_distance_to_the_prior_is_1_for_samples_of_it_and_more_for_other_codes(self):
+        generator = torch.Generator().manual_seed(3)  # evaluate seeds torch's own
 
-        generator = torch.Generator().manual_seed(3)
+        def model_with(spread):  # codes are draws of N(0, spread^2), images come back as zeros
+            return lambda x: (torch.zeros_like(x),
+                              spread * torch.randn(len(x), 8, generator=generator))
+
         images = render_glyphs()[0][:2050]  # the last batch is smaller
         for spread, low, high in ((1, 0.8, 1.25), (1.2, 3, 20)):
-            mse, codes, distance = aae.evaluate(Fixed(), images, num_pairs=5)
+            mse, codes, distance = aae.evaluate(model_with(spread), images, num_pairs=5)
             self.assertTrue(low < distance < high, (spread, distance))
             self.assertEqual((codes.shape, codes.dtype), ((2050, 8), torch.float64))
             self.assertAlmostEqual(mse, (aae.to_float(images)**2).mean().item(), places=5)
@@ -326,7 +327,7 @@ class AAE(unittest.TestCase):
 
 class Common(TemporaryFolder):
     @unittest.skipUnless(hasattr(torch.optim, "Muon"), "this torch has no Muon")
-    def test_muon_is_that_of_torch_and_takes_kernels_as_matrices(self):
+    def test_muon_equals_torch_optim_muon_and_takes_convolution_kernels_as_matrices(self):
         torch.manual_seed(0)
         for shape in ((40, 6, 2, 2), (24, 20, 2, 1)):  # kernels: a tall matrix, and a wide one
             ours = nn.Parameter(torch.randn(shape))
@@ -344,7 +345,7 @@ class Common(TemporaryFolder):
             self.assertLess((ours.flatten(1) - theirs).norm(), 0.01 * (theirs - before).norm())
 
     @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
-    def test_a_step_recorded_as_a_cuda_graph_computes_what_it_does_by_itself(self):
+    def test_a_step_replayed_from_a_cuda_graph_equals_the_step_run_directly(self):
         def losses(record):
             torch.manual_seed(0)
             weight, lr = torch.randn(5, 5).cuda().requires_grad_(), torch.zeros((), device="cuda")
@@ -366,7 +367,7 @@ class Common(TemporaryFolder):
         recorded, direct = losses(common.cuda_graph), losses(lambda step: step)
         np.testing.assert_allclose([*recorded], [*direct], rtol=1e-5)
 
-    def test_a_run_never_takes_the_folder_of_another_even_if_they_start_at_once(self):
+    def test_two_runs_never_share_a_folder_even_if_they_start_at_once(self):
         Path("runs/a").mkdir(parents=True)
         self.assertEqual(common.new_run_folder("runs/a"), Path("runs/a"))  # no run was there
         Path("runs/a-2").touch()
@@ -409,13 +410,13 @@ def write_pictures(folder, colour=True):
 
 
 class Images(TemporaryFolder):
-    def test_glyphs_are_the_same_every_time_and_of_all_digits(self):
+    def test_glyphs_are_the_same_every_time_and_show_all_digits(self):
         images, labels = render_glyphs()
         self.assertEqual((images.shape, images.dtype), ((70_000, 1, 28, 28), torch.uint8))
         identical((images, labels), render_glyphs.__wrapped__())
         self.assertGreater(torch.bincount(labels).min().item(), 6000)
 
-    def test_the_split_into_train_val_and_test_is_fixed_and_limit_takes_the_first(self):
+    def test_the_split_into_train_val_and_test_is_fixed_and_limit_keeps_the_first_of_each(self):
         args, (train, val, test, val_labels) = load("--dataset", "glyphs", "--seed", 1)
         images, labels = render_glyphs()
         order = torch.randperm(60_000, generator=torch.Generator().manual_seed(42))
@@ -427,7 +428,7 @@ class Images(TemporaryFolder):
         identical(few[:3], (train[:100], val[:10], test[:10]))
 
     @unittest.skipUnless((DATA_DIR / "MNIST/raw").is_dir(), "DATA_DIR has no MNIST")
-    def test_mnist_is_read_and_a_damaged_file_is_named_and_never_becomes_glyphs(self):
+    def test_mnist_is_read_and_a_damaged_file_is_named_and_never_replaced_by_glyphs(self):
         args, (_, _, test, _) = load("--data-dir", DATA_DIR)
         self.assertEqual((args.dataset, len(test)), ("mnist", 10_000))
         self.assertAlmostEqual(test.double().mean().item(), 33.791, places=3)
@@ -439,7 +440,7 @@ class Images(TemporaryFolder):
             with self.assertRaisesRegex(common.UserError, "data/MNIST/raw is damaged"):
                 load()
 
-    def test_without_a_network_glyphs_stand_in_only_if_nothing_was_asked_for(self):
+    def test_offline_glyphs_replace_mnist_only_if_no_dataset_or_folder_was_named(self):
         from torchvision import datasets
 
         self.patch(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
@@ -461,7 +462,7 @@ class Images(TemporaryFolder):
         write_pictures("grey", colour=False)
         self.assertEqual(load("--dataset", "grey")[1][0].shape[1:], (1, 32, 32))
 
-    def test_every_kind_of_picture_is_read_as_it_looks(self):
+    def test_palette_alpha_16_bit_and_rotated_pictures_are_read_as_a_viewer_shows_them(self):
         pixels = np.zeros((40, 40, 3), dtype=np.uint8)
         pixels[:20] = 200  # light above, dark below
         picture, turned = Image.fromarray(pixels), Image.Exif()
@@ -498,7 +499,7 @@ def small_gpt(**changes):
 
 
 class GPTModel(unittest.TestCase):
-    def test_no_position_sees_a_later_one_and_the_loss_is_that_of_the_targets(self):
+    def test_attention_is_causal_and_the_loss_is_the_cross_entropy_of_the_targets(self):
         for fused in (True, False):
             model, targets = small_gpt(fused=fused), TOKENS.roll(-1, 1)
             logits, loss = model(TOKENS, targets)
@@ -508,7 +509,7 @@ class GPTModel(unittest.TestCase):
             of_targets = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
             assert_close(loss, -of_targets.mean())
 
-    def test_both_branches_of_attention_are_the_same_in_value_and_gradient(self):
+    def test_fused_and_plain_attention_have_equal_values_and_gradients(self):
         torch.manual_seed(0)
         q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64).requires_grad_()
         some = torch.rand(5, 9) < torch.tensor([1] + [0.5] * 8)  # each sees the first at least
@@ -529,30 +530,32 @@ class GPTModel(unittest.TestCase):
             y = gpt.attention(*torch.ones(3, 100, 1, 30, 8), dropout_p=0.5, fused=fused)
             self.assertTrue(0.95 < y.mean() < 1.05 and y.std() > 0.1)
 
-    def test_a_new_model_knows_nothing_and_has_gpt2s_initial_weights(self):
+    def test_a_new_model_has_the_uniform_loss_and_gpt2s_initial_weights(self):
         torch.manual_seed(0)
-        model = gpt.GPT(gpt.GPTConfig(1000, 64, 8, 4, 128))
+        model = gpt.GPT(gpt.GPTConfig(1000, 64, n_layer=8, n_head=4, n_embd=128))
         idx = torch.randint(1000, (4, 64))
         self.assertAlmostEqual(model(idx, idx.roll(1, 1))[1].item(), math.log(1000), delta=0.1)
         for name, w in model.named_parameters():
             if w.dim() == 2:
-                std = 0.01 if name == "wpe.weight" else 0.02 / 4 ** name.endswith("c_proj.weight")
+                std = 0.01 if name == "wpe.weight" else 0.02
+                std /= 4 if name.endswith("c_proj.weight") else 1  # sqrt(2 * n_layer)
                 self.assertAlmostEqual(w.std().item() / std, 1, delta=0.05, msg=name)
             else:
-                self.assertTrue((w == name.endswith("weight")).all(), name)
+                self.assertTrue((w == (1 if name.endswith("weight") else 0)).all(), name)
 
 
 class Generation(unittest.TestCase):
-    def test_text_with_a_cache_is_text_without_also_beyond_the_block_and_with_a_recorded_step(self):
-        def record(step):  # reuses its tensors, like common.cuda_graph
-            kept = {}
+    def test_cached_text_equals_uncached_text_also_past_the_block_size_and_if_recorded(self):
+        def record(step):  # overwrites its tensors at each call, like common.cuda_graph
+            inputs, results = {}, {}
 
             def replay(*tensors):
-                inputs = kept.setdefault(tensors[0].shape, [x.clone() for x in tensors])
-                for recorded, new in zip(inputs, tensors, strict=True):
-                    recorded.copy_(new)
-                result = step(*inputs)
-                return kept.setdefault("result", result).copy_(result)
+                shape = tensors[0].shape
+                for kept, new in zip(inputs.setdefault(shape, [x.clone() for x in tensors]),
+                                     tensors, strict=True):
+                    kept.copy_(new)
+                result = step(*inputs[shape])
+                return results.setdefault(shape, result.clone()).copy_(result)
             return replay
 
         def rubbish(*size, **options):  # in places of the cache that are not used yet
@@ -572,16 +575,16 @@ class Generation(unittest.TestCase):
                 with mock.patch.object(torch, "zeros", zeros):
                     identical(model.generate(prompt, 45, record=how, **sampling), expected)
 
-    def test_draws_follow_the_distribution_or_are_greedy_and_top_k_and_top_p_cut_it(self):
+    def test_sampling_follows_the_softmax_or_is_greedy_and_top_k_and_top_p_truncate_it(self):
         p, two, greedy = [0.09, 0.5, 0.41], [0, 0.5, 0.41], [0, 1, 0]
-        for probs, sampling, expected in (
-                (p, {}, p), (p, {"temperature": 2}, [0.3, 0.707, 0.64]),
-                (p, {"temperature": 0.5}, [0.0081, 0.25, 0.1681]), (p, {"top_k": 2}, two),
-                *((p, sampling, greedy) for sampling in (
-                    {"do_sample": False}, {"temperature": 0}, {"temperature": 1e-40},
-                    {"top_k": 1}, {"top_p": 0}, {"top_p": 0.4}, {"top_k": 2, "top_p": 0.54})),
-                (p, {"top_p": 0.51}, two), (p, {"top_p": 0.9}, two), (p, {"top_p": 0.92}, p),
-                ([0.5, 0.25, 0.25], {"top_p": 0.5}, [1, 0, 0]),  # exact in floating point
+        for probs, sampling, expected in (  # up to a factor
+                (p, {}, p), (p, {"temperature": 2}, [0.3, 0.707, 0.64]),  # square roots
+                (p, {"temperature": 0.5}, [0.0081, 0.25, 0.1681]), (p, {"temperature": 0}, greedy),
+                (p, {"temperature": 1e-40}, greedy), (p, {"do_sample": False}, greedy),
+                (p, {"top_k": 1}, greedy), (p, {"top_k": 2}, two), (p, {"top_p": 0}, greedy),
+                (p, {"top_p": 0.4}, greedy), (p, {"top_p": 0.51}, two), (p, {"top_p": 0.9}, two),
+                (p, {"top_p": 0.92}, p), ([0.5, 0.25, 0.25], {"top_p": 0.5}, [1, 0, 0]),
+                (p, {"top_k": 2, "top_p": 0.54}, greedy),  # of two 0.5 has a share of 0.55
                 ([0.25] * 4, {"top_k": 0}, [1] * 4), ([0.25] * 4, {"top_k": 10**6}, [1] * 4)):
             torch.manual_seed(0)
             tokens = gpt.next_token(torch.tensor(probs).log().expand(20_000, -1), **sampling)
@@ -621,7 +624,7 @@ def byte_tokenizer(*merges, special=()):
 
 
 class Tokenizers(TemporaryFolder):
-    def test_pairs_merge_in_the_order_of_the_list_and_from_left_to_right(self):
+    def test_byte_pairs_merge_by_rank_and_from_left_to_right(self):
         tokenizer = byte_tokenizer("b c", "a a", "a b", "aa a", "Ġ a", "bc bc")
         for text, expected in (("abc", "a bc"), ("ab", "ab"), ("aaaaa", "aa aaa"), ("aab", "aa b"),
                                ("bcbcbc", "bcbc bc"), (" a ab", "Ġa Ġ ab"), ("a" * 7, "aa aa aaa"),
@@ -630,7 +633,7 @@ class Tokenizers(TemporaryFolder):
             self.assertEqual([list(tokenizer.vocab)[id] for id in ids], expected.split(), text)
             self.assertEqual(tokenizer.decode(ids), text)
 
-    def test_a_special_token_in_a_text_is_one_token_and_of_two_the_longer_one(self):
+    def test_special_tokens_become_one_id_and_the_longest_match_wins(self):
         plain = byte_tokenizer()
         self.assertEqual((plain.end_of_text, plain.start, len(plain)), (None, 10, 256))
         tokenizer = byte_tokenizer(special=("<|endoftext|>", "<|user|>", "<|user|>!", "user"))
@@ -638,10 +641,11 @@ class Tokenizers(TemporaryFolder):
         text, ids = " <|user|><|user|>!<|user<|endoftext|>", [32, 257, 258, *b"<|", 259, 256]
         self.assertEqual((tokenizer.encode(text), tokenizer.decode(ids)), (ids, text))
 
-    def test_half_characters_wait_for_the_rest_and_any_ids_have_a_text(self):
-        tokenizer, ids = byte_tokenizer(), [*"né😀\n".encode(), 0xff, 0xc3, 0x28, 10**9, 0xc3]
-        self.assertEqual(list(tokenizer.stream(ids)), [
-            "n", "", "é", "", "", "", "😀", "\n", "\ufffd", "", "\ufffd(", "\ufffd", "", "\ufffd"])
+    def test_decoding_holds_half_a_character_back_and_takes_any_ids(self):
+        for ids, parts in ((b"n\n", "n|\n|"), ("é".encode(), "|é|"), ("😀".encode(), "|||😀|"),
+                           ([0xff, 10**9], "\ufffd|\ufffd|"), ([0xc3, 0x28], "|\ufffd(|"),
+                           ([0xc3], "|\ufffd")):  # the last part comes after all ids
+            self.assertEqual("|".join(byte_tokenizer().stream(ids)), parts)
 
     @unittest.skipUnless(find_spec("tiktoken"), "tiktoken is not installed")
     @unittest.skipUnless((DATA_DIR / "gpt2").is_dir(), "DATA_DIR has no GPT-2 tokenizer")
@@ -668,20 +672,20 @@ class Tokenizers(TemporaryFolder):
             self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
             self.assertEqual(ours.decode(ids), text)
 
-    def test_blocks_of_a_text_have_the_tokens_of_the_whole_text(self):
+    def test_a_text_tokenized_in_blocks_has_the_tokens_of_the_whole_text(self):
         tokenizer = byte_tokenizer("Ġ Ġ", "Ċ Ċ", "č Ċ", "Ċ Ġ", "a b", "Ġ a", special=["<|"])
         for white in (" ", "\n", "\r\n", "\n\n\n", "  \x1c\n", "\x1c", "\u3000\x85\n", ""):
             parts = ["abab", "a", "1", "!", "é😀", "'s", "<|", " ", white, white, white]
             text = "".join(random.Random(0).choices(parts, k=400))
             Path("text").write_text(text, encoding="utf-8", newline="")
             for size in (1, 7, 50):
-                blocks = list(gpt.read_blocks("text", None, size))
+                blocks = list(gpt.read_blocks("text", limit=None, size=size))
                 tokens = [id for block in blocks for id in tokenizer.encode(block)]
                 self.assertEqual(tokens, tokenizer.encode(text), repr(white))
                 self.assertGreater(len(blocks), 5)
-            self.assertEqual("".join(gpt.read_blocks("text", 77, 10)), text[:77])
+            self.assertEqual("".join(gpt.read_blocks("text", limit=77, size=10)), text[:77])
 
-    def test_characters_as_tokens(self):
+    def test_the_character_tokenizer_has_an_id_for_each_character_and_decodes_them(self):
         tokenizer = gpt.CharTokenizer("\n abcé")
         tokenizer.save(".")
         again = gpt.load_tokenizer(".")
@@ -690,7 +694,7 @@ class Tokenizers(TemporaryFolder):
         self.assertEqual(list(again.stream([4, 2, 0, 99])), ["c", "a", "\n", "\ufffd"])
         self.assertRaisesRegex(ValueError, "dx", again.encode, "axbxd")
 
-    def test_tokenizer_json_is_read_first_and_other_kinds_are_refused_by_name(self):
+    def test_tokenizer_json_comes_before_other_files_and_unknown_settings_are_refused(self):
         byte_tokenizer().save(".")  # three files that are not read
         token, own = {"id": 258, "content": "<|a b|>"}, byte_tokenizer("a b", "ab c")
         model = {"type": "BPE", "vocab": own.vocab, "merges": own.merges}
@@ -723,14 +727,15 @@ class Pretrained(TemporaryFolder):
         super().setUp()
         write_folder("m", byte_tokenizer("a b"))
 
-    def test_every_layout_of_the_hub_is_read(self):
+    def test_pytorch_bin_files_load_whole_or_in_shards_with_each_naming_of_the_hub(self):
         named = gpt.read_tensors(Path("m/model.safetensors"))
         bare = {name.removeprefix("transformer."): w.clone() for name, w in named.items()}
         more = {"h.0.attn.bias": torch.ones(1, 1, 24, 24, dtype=torch.bool),
                 "h.1.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": bare["wte.weight"]}
         os.remove("m/model.safetensors")
         for saved, zipped in itertools.product((named, bare, bare | more), (True, False)):
-            for files in (["1.bin", "2.bin"], ["pytorch_model.bin"]):  # with an index and without
+            # In shards, which an index names, and then whole, which comes before an index
+            for files in (["1.bin", "2.bin"], ["pytorch_model.bin"]):
                 index = {name: files[i % len(files)] for i, name in enumerate(saved)}
                 common.write_json("m/pytorch_model.bin.index.json", {"weight_map": index})
                 for file in files:
@@ -743,7 +748,7 @@ class Pretrained(TemporaryFolder):
                     identical(loaded, small_gpt().float().state_dict())
             os.remove("m/pytorch_model.bin")
 
-    def test_a_loaded_model_is_the_one_that_was_saved_and_of_the_class_that_was_asked(self):
+    def test_saving_and_loading_keep_all_weights_and_a_subclass_loads_as_itself(self):
         Own = type("Own", (gpt.GPT,), {})
         saved = small_gpt(fused=False, dropout=0.1, eos_token_id=[3, 7]).float()
         gpt.save_model(saved, "m")
@@ -765,11 +770,11 @@ class Pretrained(TemporaryFolder):
         os.remove("m/model.safetensors")
         torch.save({"wte.weight": Harm()}, "m/pytorch_model.bin")
         torch.save({"model": {}, "args": {"script": "vae.py"}, "x": Harm()}, "last.pt")
-        self.refuse(gpt, "generate", "--model", "m", naming="m")  # so no file `harm` is made
+        self.refuse(gpt, "generate", "--model", "m", naming="m (")  # and makes no file
         self.refuse(vae, "--resume", ".", naming="last.pt")
 
     @torch.no_grad()
-    def test_six_shapes_go_to_transformers_and_back(self):
+    def test_six_model_shapes_go_to_transformers_and_back(self):
         transformers = import_transformers(self)
         for V, T, n_layer, n_head, n_embd in (
                 (97, 16, 1, 1, 8), (1000, 33, 2, 3, 48), (503, 128, 5, 2, 64), (61, 24, 3, 4, 32),
@@ -779,13 +784,13 @@ class Pretrained(TemporaryFolder):
                 initializer_range=0.2)).bfloat16()
             theirs.save_pretrained(f"{V}", max_shard_size="100KB")
             ours, idx = gpt.GPT.from_pretrained(f"{V}"), torch.randint(V, (2, T))
-            expected = theirs.eval().float()(idx).logits
-            assert_close(ours(idx)[0], expected, rtol=1e-3, atol=1e-4)
+            theirs.eval().float()
+            assert_close(ours(idx)[0], theirs(idx).logits, rtol=1e-3, atol=1e-4)
             gpt.save_model(ours, "m")
             back = transformers.GPT2LMHeadModel.from_pretrained("m")
             identical(back.state_dict(), theirs.state_dict())
 
-    def test_a_download_cut_short_leaves_no_file_and_a_whole_one_is_never_asked_for_again(self):
+    def test_a_download_cut_short_leaves_no_file_and_a_whole_one_is_not_repeated(self):
         asked, weights = [], "model.safetensors"
 
         class Hub(http.server.SimpleHTTPRequestHandler):
@@ -838,7 +843,7 @@ class GenerateCommand(TemporaryFolder):
             flag, value = argv.split()
             self.refuse(gpt, "generate", "--model", "letters", flag, value, naming=flag)
 
-    def test_each_sample_and_each_seed_has_a_text_of_its_own_and_has_it_again(self):
+    def test_samples_and_seeds_give_different_texts_and_the_same_seed_the_same(self):
         for flags in (["--model", "letters"], ["--model", "bytes"], ["--half"]):
             first, again, other = (self.write(*flags, "--prompt", "one", "--num-samples", 3,
                                               "--seed", seed) for seed in (1, 1, 2))
@@ -846,14 +851,14 @@ class GenerateCommand(TemporaryFolder):
             texts = f"{first}---\n{other}".split("\n---\n")
             self.assertEqual((len(set(texts)), {text[:3] for text in texts}), (6, {"one"}))
 
-    def test_of_a_long_prompt_the_model_sees_the_last_tokens_and_says_so(self):
+    def test_a_prompt_longer_than_the_block_is_cut_to_its_last_tokens_with_a_warning(self):
         status, out, err = run_script(gpt, "generate", "--model", "letters", "--greedy",
                                       "--prompt", "beginning " + "long " * 20)
         self.assertEqual((status, out[:20]), (0, "beginning long long "))
         self.assertRegex(err, "24 .* 110")
         self.assertEqual(out[10:], self.write("--temperature", 0, "--prompt", "long " * 20))
 
-    def test_a_text_ends_at_the_models_end_token_or_at_any_of_several(self):
+    def test_generation_stops_at_any_end_token_in_the_models_config(self):
         for ends, text in ((256, "xabc\n"), ([256, 99], "xab\n"), (None, "xabc<|endoftext|>d\n")):
             gpt.save_model(small_gpt(vocab_size=257, eos_token_id=ends), "bytes")
             tokens = torch.tensor([97, 98, 99, 256, 100]).view(5, 1, 1).expand(5, 2, 1)
@@ -879,7 +884,7 @@ class Training(TemporaryFolder):
         super().setUp()
         self.text = write_text("text.txt")
 
-    def test_the_file_of_tokens_is_made_once_for_each_text_and_tokenizer(self):
+    def test_a_tokenized_text_is_kept_in_a_file_for_each_text_and_tokenizer(self):
         letters, runs = gpt.CharTokenizer("\n abcdefg"), Path("runs")
         tokenizers = letters, byte_tokenizer("a b"), byte_tokenizer(special=["c d"])
         for i, (tokenizer, limit) in enumerate(itertools.product(tokenizers, (None, 3333)), 1):
@@ -899,7 +904,7 @@ class Training(TemporaryFolder):
         self.assertEqual((status, Path("runs/gpt-python-topics/last.pt").exists()), (0, True))
         self.assertIn("warning", err)
 
-    def test_windows_cover_the_text_and_are_others_for_each_step_and_seed(self):
+    def test_training_windows_cover_the_text_and_differ_between_steps_and_seeds(self):
         seen, windows = [], gpt.windows
         self.patch(gpt, "windows", lambda tokens, starts, length: seen.append(
             (len(tokens), *starts)) or windows(tokens, starts, length))
@@ -908,10 +913,11 @@ class Training(TemporaryFolder):
         seen = [starts for length, *starts in seen if length == 4500]  # those to train on
         self.assertEqual(seen[:70], seen[70:140])
         self.assertEqual(len(set(map(tuple, seen))), 140)
-        covered = np.unique(np.ravel(seen[:70])[:, None] + np.arange(16))  # in two passes
-        self.assertGreater(len(covered), 0.99 * 4500)  # at random it would be 0.86
+        covered = np.unique(np.ravel(seen[:70])[:, None] + np.arange(16))
+        # 70 steps x 8 windows x 16 tokens are two passes; at random they would see 1 - e^-2 = 0.86.
+        self.assertGreater(len(covered), 0.99 * 4500)
 
-    def test_transformers_reads_the_model_and_tokenizer_of_a_run_and_we_read_theirs(self):
+    def test_a_run_loads_in_transformers_and_their_tokenizer_loads_here(self):
         transformers = import_transformers(self)
         Path("bytes").mkdir()
         byte_tokenizer("a b", "Ġ ab", special=("<|endoftext|>", "<|user|>")).save("bytes")
@@ -929,7 +935,7 @@ class Training(TemporaryFolder):
         for name in (run, "theirs"):
             self.assertEqual(gpt.load_tokenizer(name).encode(text), tokenizer.encode(text))
 
-    def test_ten_steps_are_those_of_transformers_with_torchs_adamw(self):
+    def test_ten_training_steps_equal_those_of_transformers_with_torchs_adamw(self):
         transformers = import_transformers(self)
         self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
@@ -953,15 +959,15 @@ class Training(TemporaryFolder):
             identical(targets[:, :-1], idx[:, 1:])
             loss = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
             self.assertAlmostEqual(ours, loss.item(), delta=1e-8)
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * (1 - (step + 0.5) / 11) / 0.99
+            for group in optimizer.param_groups:  # the rate falls, after a hundredth of all steps
+                group["lr"] = 1e-3 * (1 - (step + 0.5) / 11) / (1 - 0.01)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
             optimizer.step()
 
-    def test_fine_tuning_keeps_tokenizer_and_size_and_starts_from_its_models_loss(self):
-        write_folder("hub", byte_tokenizer("f a"), vocab_size=300)
+    def test_fine_tuning_keeps_the_pretrained_tokenizer_and_size_and_starts_at_its_loss(self):
+        write_folder("hub", byte_tokenizer(), vocab_size=300)
         model, tokenizer = gpt.GPT.from_pretrained("hub"), gpt.load_tokenizer("hub")
         ids = torch.tensor(tokenizer.encode(self.text)).split([4500, 500])[1]  # to validate
         before = model(ids[:480].view(20, 24), ids[1:481].view(20, 24))[1].item()  # whole windows
@@ -985,21 +991,21 @@ SHORT = {vae: IMAGES, aae: IMAGES, gpt: GPT_RUN}
 RATES = {vae: ["--lr"], aae: ["--ae-lr", "--d-lr"], gpt: ["--lr"]}
 
 
-def length(script, epochs):
+def length_flags(script, epochs):
     """-> the flag for a run's length and its value"""
     return ["--max-steps", 15 * epochs] if script is gpt else ["--epochs", epochs]
 
 
-def short(script, epochs, *more):
-    return [*SHORT[script].split(), *length(script, epochs), *more]
+def short_argv(script, epochs, *more):
+    return [*SHORT[script].split(), *length_flags(script, epochs), *more]
 
 
 def with_rate(script, rate):
     return [word for flag in RATES[script] for word in (flag, rate)]
 
 
-def resume(script, run, *more):
-    return [*["train"] * (script is gpt), "--resume", run, *more]
+def resume_argv(script, run, *more):
+    return [*(["train"] if script is gpt else []), "--resume", run, *more]
 
 
 def assert_the_same_run(first, second, error=0.0):
@@ -1040,7 +1046,7 @@ def run_and_die(script, argv, instant):
         sys.modules[script].main([str(word) for word in argv])
 
 
-def start(function, *arguments):
+def start_process(function, *arguments):
     """-> a process that runs function(*arguments)"""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo"])  # or each process would import it
@@ -1069,34 +1075,35 @@ class Runs(TemporaryFolder):
                 (aae, "--posterior universal", "aae-z8-lam0.995-universal-glyphs", "test.json "
                  f"codes.png mse.png adversary.png {samples} {rebuilt}"),
                 (gpt, "", "gpt-text", "config.json model.safetensors vocab.json loss.png")):
-            out = self.succeed(script, *short(script, 2, *flags.split()))
+            out = self.succeed(script, *short_argv(script, 2, *flags.split()))
             self.assertRegex(out.splitlines()[-1], f"^{name}.* -> runs/{name}$")
             self.assertIn(f"--resume runs/{name}", out.splitlines()[0])
             self.assertEqual(sorted(os.listdir(f"runs/{name}")), sorted(
                 f"args.json metrics.jsonl last.pt {own}".split()))
 
     @needs_processes
-    def test_killed_five_times_and_resumed_ends_bit_for_bit_the_same(self):
+    def test_a_run_killed_while_it_is_extended_ends_bit_identical_to_an_unbroken_one(self):
         torch.save(render_glyphs(), "glyphs.pt")
         for script in SHORT:
             name, more = script.__name__, ["--dropout", 0.2] * (script is gpt)
             for run in (f"{name}-whole", f"{name}-killed"):
-                self.succeed(script, *short(script, 2, *more, "--out-dir", run))
-            extend = resume(script, f"{name}-killed", *length(script, 5))
-            self.succeed(script, *resume(script, f"{name}-whole", *length(script, 5)))
-            # Counted are backward passes, and two calls for each file that is written. The first
-            # writes, a step, among an epoch's last writes, a step of the next epoch, a step:
-            steps = 30 if script is aae else 15
-            for instant in (2, 12, steps + 7, steps + 17, 9):
-                process = start(run_and_die, name, extend, instant)
+                self.succeed(script, *short_argv(script, 2, *more, "--out-dir", run))
+            longer = [*length_flags(script, 5), *with_rate(script, 1e-3)]
+            extend = resume_argv(script, f"{name}-killed", *longer)
+            self.succeed(script, *resume_argv(script, f"{name}-whole", *longer))
+            # Counted are backward passes, and two calls for each file that is written.
+            passes = 30 if script is aae else 15  # in an epoch
+            for instant, where in ((2, "first writes"), (12, "a step"), (passes + 7, "last writes"),
+                                   (passes + 17, "the next epoch"), (9, "a step")):
+                process = start_process(run_and_die, name, extend, instant)
                 process.join()
-                self.assertEqual(process.exitcode, -signal.SIGKILL)
+                self.assertEqual(process.exitcode, -signal.SIGKILL, where)
             self.succeed(script, *extend)
             assert_the_same_run(f"{name}-whole", f"{name}-killed")
         identical(*(gpt.GPT.from_pretrained(f"gpt-{run}").state_dict() for run in (
             "whole", "killed")))
 
-    def test_16_bits_learn_as_32_do_and_a_run_stopped_by_ctrl_c_is_resumed_and_ends_the_same(self):
+    def test_in_16_and_32_bits_the_loss_is_alike_and_a_run_resumed_after_ctrl_c_the_same(self):
         def save_and_stop(path, checkpoint, save=common.save_checkpoint):
             save(path, checkpoint)
             if path.name == "last.pt" and len(checkpoint["rows"]) == 1:
@@ -1110,50 +1117,40 @@ class Runs(TemporaryFolder):
                 device = torch.device("cpu"), dtype
                 self.patch(common, "pick_device", lambda *_, device=device, **__: device)
                 whole, stopped = (f"{script.__name__}-{dtype}{end}" for end in ("", "-stopped"))
-                self.succeed(script, *short(script, 3, "--out-dir", whole))
+                self.succeed(script, *short_argv(script, 3, "--out-dir", whole))
                 with mock.patch.object(common, "save_checkpoint", save_and_stop):
-                    status, _, _ = run_script(script, *short(script, 3, "--out-dir", stopped))
+                    status, _, _ = run_script(script, *short_argv(script, 3, "--out-dir", stopped))
                 self.assertEqual(status, 130)
-                self.succeed(script, *resume(script, stopped))
+                self.succeed(script, *resume_argv(script, stopped))
                 assert_the_same_run(whole, stopped)
                 losses[dtype] = read_rows(whole)[-1][column]
                 self.assertAlmostEqual(losses[dtype] / losses[torch.float32], 1, delta=0.03)
         self.assertTrue(torch.load(f"{whole}/last.pt")["scaler"])  # of float16
 
-    def test_a_finished_run_can_be_tested_again_or_extended_with_another_rate(self):
-        for script in SHORT:
-            run = script.__name__
-            self.succeed(script, *short(script, 2, "--out-dir", run))
-            rows = read_rows(run)
-            self.succeed(script, *resume(script, run))
-            self.assertEqual(read_rows(run), rows)
-            self.succeed(script, *resume(script, run, *length(script, 3), *with_rate(script, 1e-4)))
-            self.assertEqual((read_rows(run)[:2], len(read_rows(run))), (rows, 3))
-
-    def test_what_does_not_fit_a_run_is_refused(self):
+    def test_resuming_a_run_with_arguments_that_contradict_it_is_refused(self):
         Path("half").mkdir()
+        for script in SHORT:
+            self.succeed(script, *short_argv(script, 1, "--out-dir", script.__name__))
         for script, other, size in ((vae, "gpt", "--z-dim"), (aae, "vae", "--z-dim"),
                                     (gpt, "aae", "--n-layer")):
-            self.succeed(script, *short(script, 1, "--out-dir", script.__name__))
             content = Path(script.__name__, "last.pt").read_bytes()
             Path("half/last.pt").write_bytes(content[:1000])
             for run in ("nowhere", "half"):
-                self.refuse(script, *resume(script, run), naming=f"{run}/last.pt")
+                self.refuse(script, *resume_argv(script, run), naming=f"{run}/last.pt")
             for flag, value in (("--seed", 1), (size, 3), ("--batch-size", 10), ("--limit", 100),
                                 ("--out-dir", "b")):
-                argv = resume(script, script.__name__, *length(script, 2), flag, value)
+                argv = resume_argv(script, script.__name__, *length_flags(script, 2), flag, value)
                 self.refuse(script, *argv, naming=flag)
-            if Path(other).exists():
-                self.refuse(script, *resume(script, other), naming=f"{other}.py")
+            self.refuse(script, *resume_argv(script, other), naming=f"{other}.py")
 
-    def test_changed_data_is_noticed_on_resume(self):
+    def test_resuming_a_run_with_changed_data_is_refused(self):
         write_pictures("photos")
-        self.succeed(vae, *short(vae, 1, "--dataset", "photos", "--out-dir", "vae"))
-        self.succeed(gpt, *short(gpt, 1, "--out-dir", "gpt"))
+        self.succeed(vae, *short_argv(vae, 1, "--dataset", "photos", "--out-dir", "vae"))
+        self.succeed(gpt, *short_argv(gpt, 1, "--out-dir", "gpt"))
         shutil.copy("photos/a/00.png", "photos/a/new.png")
         Path("text.txt").write_text("abc" * 999)
         for script, naming in ((vae, "photos"), (gpt, "text.txt")):
-            argv = resume(script, script.__name__, *length(script, 2))
+            argv = resume_argv(script, script.__name__, *length_flags(script, 2))
             status, _, err = run_script(script, *argv)
             self.assertEqual(status, 2)
             self.assertIn(naming, err.splitlines()[-1])
@@ -1178,16 +1175,16 @@ class Runs(TemporaryFolder):
                 self.refuse(script, *SHORT[script].split(), *argv.split(),
                             naming=named.get(flag, flag))
 
-    def test_a_too_high_rate_stops_a_run_before_its_weights_are_saved(self):
+    def test_a_run_that_diverges_stops_before_its_weights_are_saved(self):
         for script in SHORT:
-            argv = short(script, 1, "--out-dir", "a", *with_rate(script, 1e9))
+            argv = short_argv(script, 1, "--out-dir", "a", *with_rate(script, 1e9))
             status, _, err = run_script(script, *argv)
             self.assertEqual((status, len(err.splitlines())), (2, 1), err)
             self.assertFalse(Path("a/last.pt").exists())
 
-    def test_each_epoch_has_random_numbers_of_its_own(self):
+    def test_each_epoch_has_other_random_numbers(self):
         for script, column in ((vae, "train_rec"), (aae, "disc_loss")):
-            argv = short(script, 2, "--out-dir", script.__name__)
+            argv = short_argv(script, 2, "--out-dir", script.__name__)
             self.succeed(script, *argv, *with_rate(script, 0))  # so that weights stay
             first, second = (row[column] for row in read_rows(script.__name__))
             self.assertNotEqual(first, second)
@@ -1195,41 +1192,42 @@ class Runs(TemporaryFolder):
     def test_own_colour_pictures_are_learned(self):
         write_pictures("photos")
         pixels = common.read_pictures(os.path.abspath("photos"), 16)[0] / 127.5
-        # The mean image's error, and the bits of three colours above and below, each by itself
+        # The mean image's error. And the bits of each pixel by itself: of three colours above and
+        # three below one is constant, the others have 200 / 16 values.
         for script, column, simple in ((aae, "val_mse", pixels.var(0).mean().item()),
                                        (vae, "val_bpd", 5 / 6 * math.log2(200 / 16))):
-            self.succeed(script, *short(script, 100, "--dataset", "photos", "--image-size", 16,
+            self.succeed(script, *short_argv(script, 100, "--dataset", "photos", "--image-size", 16,
                                         "--num-filters", 16, "--batch-size", 8, "--z-dim", 4))
             run, = Path("runs").glob(f"{script.__name__}-*-photos")
             self.assertLess(read_rows(run)[-1][column], 0.5 * simple)
 
-    def test_the_model_that_is_best_in_validation_is_tested_or_kept(self):
-        losses = iter([[3, 3], [1, 1], [2, 2], [5, 5], [6, 6]])  # three epochs, test
+    def test_vae_tests_the_model_that_is_best_in_validation_and_gpt_keeps_it(self):
+        losses = iter([[3, 3], [1, 1], [2, 2], [5, 5], [6, 6]])  # three epochs; tests
         with mock.patch.object(vae, "evaluate", lambda *_: next(losses)):
-            self.succeed(vae, *short(vae, 3, "--out-dir", "vae"))
+            self.succeed(vae, *short_argv(vae, 3, "--out-dir", "vae"))
         self.assertEqual(json.loads(Path("vae/test.json").read_text())["epoch"], 2)
         for losses in ([1.0, 2.0], [2.0, 1.0]):
             with mock.patch.object(gpt, "evaluate", side_effect=losses):
-                self.succeed(gpt, *short(gpt, 2, "--out-dir", f"{losses[0]}"))
+                self.succeed(gpt, *short_argv(gpt, 2, "--out-dir", f"{losses[0]}"))
         first, last = (gpt.GPT.from_pretrained(run).state_dict() for run in ("1.0", "2.0"))
         identical(last, torch.load("2.0/last.pt")["model"])
         self.assertTrue((first["wte.weight"] != last["wte.weight"]).any())
 
-    def test_codes_come_to_the_prior_only_if_they_are_asked_to(self):
+    def test_codes_match_the_prior_only_if_lambda_gives_the_adversary_a_weight(self):
         for lam, low, high in ((0.995, 0, 3), (1, 4, 1000)):
-            self.succeed(aae, *short(aae, 6, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
+            self.succeed(aae, *short_argv(aae, 6, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
                                      "--num-filters", 8, "--lam", lam, "--out-dir", f"lam{lam}"))
             test = json.loads(Path(f"lam{lam}/test.json").read_text())
             self.assertLess(test["test_mse"], 0.18)  # 0.22: the mean of all images
             self.assertTrue(low < test["val_distance"] < high, test)
 
-    def test_each_phase_of_the_aae_moves_its_own_networks_alone(self):
+    def test_each_phase_of_an_aae_step_updates_only_its_own_networks(self):
         torch.manual_seed(42)
         first = aae.AdversarialAE(num_filters=4).state_dict()
         for i, (flags, expected) in enumerate((
                 ("", {"encoder", "decoder", "discriminator"}),
                 ("--d-lr 0", {"encoder", "decoder"}), ("--ae-lr 0", {"discriminator"}))):
-            self.succeed(aae, *short(aae, 1, *flags.split(), "--out-dir", f"{i}"))
+            self.succeed(aae, *short_argv(aae, 1, *flags.split(), "--out-dir", f"{i}"))
             last = torch.load(f"{i}/last.pt")["model"]
             moved = {name.split(".")[0] for name in first
                      if (first[name] - last[name]).abs().max() > 1e-20}
@@ -1250,20 +1248,20 @@ class TwoProcesses(TemporaryFolder):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        started = [start(train_apart, argv, {
+        started = [start_process(train_apart, argv, {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, instant) for rank in range(processes)]
         for process in started:
             process.join()
         return [process.exitcode for process in started]
 
-    def test_two_processes_train_the_model_of_one_and_a_killed_run_of_two_is_resumed_by_one(self):
+    def test_two_processes_train_the_model_of_one_and_one_can_resume_a_run_of_two(self):
         write_text("text.txt")
         torch.save(render_glyphs(), "glyphs.pt")
-        argv = short(gpt, 3, "--batch-size", 8, "--out-dir")
-        for run, n in (("one", 1), ("two", 2)):
+        argv = short_argv(gpt, 3, "--batch-size", 8, "--out-dir")
+        for run, n in (("one", 1), ("two", 2)):  # each of the two takes its share in two parts
             self.assertEqual(self.train(*argv, run, "--grad-accum", n, processes=n), [0] * n)
-        killed = self.train(*argv, "killed", processes=2, instant=40)
+        killed = self.train(*argv, "killed", processes=2, instant=40)  # in the second part
         self.assertIn(-signal.SIGKILL, killed)
         self.assertEqual(self.train("train", "--resume", "killed", processes=1), [0])
         assert_the_same_run("one", "two", error=1e-9)
@@ -1273,8 +1271,8 @@ class TwoProcesses(TemporaryFolder):
 # -- A copy that somebody changes, and README -------------------------------------------------
 
 
-class Copies(TemporaryFolder):
-    def test_parts_run_when_pasted_with_torch_alone(self):
+class CopiedCode(TemporaryFolder):
+    def test_each_part_runs_if_pasted_where_nothing_but_torch_is_imported(self):
         def paste(file):  # -> what it defines, if only torch and the standard library are imported
             source, names = (HERE / file).read_text(encoding="utf-8"), {"__name__": "pasted"}
             others = r"(?m)^(import common|import numpy as np|from tqdm import tqdm)$"
@@ -1303,8 +1301,8 @@ class Copies(TemporaryFolder):
         self.assertEqual(pasted.encode("ab é"), own.encode("ab é"))
         self.assertEqual(gpt_parts["CharTokenizer"]("abc").encode("cab"), [2, 0, 1])
 
-    def test_added_parameters_are_trained_by_one_optimizer_and_dropout_is_off_in_evaluation(self):
-        class Changed:
+    def test_a_parameter_you_add_is_in_one_optimizer_and_evaluation_is_without_dropout(self):
+        class Changed:  # goes before the script's class
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self.own = nn.ParameterList(map(torch.ones, ((), (2, 2), (1, 2, 2))))
@@ -1315,13 +1313,14 @@ class Copies(TemporaryFolder):
                 return [factor * result for result in super().forward(*inputs)]
 
         write_text("text.txt")
-        for script, name, flags in ((vae, "VAE", ""), (aae, "AdversarialAE", ""), *(
-                (gpt, "GPT", f"--optimizer {optimizer}") for optimizer in ("muon", "adamw"))):
+        for script, name, flags in ((vae, "VAE", ""), (aae, "AdversarialAE", ""),
+                                    (gpt, "GPT", "--optimizer muon"),
+                                    (gpt, "GPT", "--optimizer adamw")):
             changed = type(name, (Changed, getattr(script, name)), {"modes": set()})
             for run, rates in ((f"{name}{flags}-still", with_rate(script, 0)),
                                (f"{name}{flags}-moved", [])):
                 with mock.patch.object(script, name, changed):
-                    argv = short(script, 1, "--out-dir", run)
+                    argv = short_argv(script, 1, "--out-dir", run)
                     self.succeed(script, *argv, *flags.split(), *rates)
             still, moved = (torch.load(f"{name}{flags}-{run}/last.pt") for run in (
                 "still", "moved"))
@@ -1345,24 +1344,24 @@ class Readme(TemporaryFolder):
             if flags:
                 self.assertLessEqual(flags, set(run_script(script, *command, "--help")[1].split()))
 
-    def test_the_lines_of_python_run(self):
+    def test_the_python_examples_of_the_readme_run(self):
         blocks = re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
         self.assertGreater(len(blocks), 1)
         for z_dim in (2, 20):
-            argv = short(vae, 1, "--z-dim", z_dim, "--out-dir", f"runs/vae-z{z_dim}")
+            argv = short_argv(vae, 1, "--z-dim", z_dim, "--out-dir", f"runs/vae-z{z_dim}")
             self.succeed(vae, *argv)
         # In the place of the one on the hub:
         write_folder("gpt2", byte_tokenizer(special=["<|endoftext|>"]), vocab_size=257)
         for block in blocks:
             exec(block.replace("60", "3"), {})  # fewer frames
 
-    def test_the_pictures_are_there_and_small(self):
+    def test_the_pictures_of_the_readme_exist_and_are_small(self):
         pictures = re.findall(r"figures/[\w.-]+", self.TEXT)
         self.assertEqual(set(pictures), {f"figures/{path.name}" for path in HERE.glob("figures/*")})
         for picture in pictures:
             self.assertLess((HERE / picture).stat().st_size, 300_000, picture)
 
-    def test_the_lines_of_each_file_are_those_of_the_map(self):
+    def test_the_line_counts_in_the_readmes_map_are_right(self):
         for name, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", self.TEXT):
             source = (HERE / name).read_text(encoding="utf-8")
             self.assertEqual(len(source.splitlines()), int(lines), name)
