@@ -1238,6 +1238,8 @@ def train_apart(argv, environment, instant):
     """What a process of torchrun does: train in float64, and kill itself at an instant"""
     os.environ |= environment
     torch.set_default_dtype(torch.float64)
+    if instant:
+        sys.stderr = io.StringIO()  # if one is killed the other fails, with a long message
     run_and_die("gpt", argv, instant)
 
 
