@@ -98,8 +98,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, positions=None, cache=None):
-        """x: [B, T, C] -> [B, T, C]. mask: see attention. cache: [2, B, H, S, C / H], the keys and
-        values, into which those of x are written at positions [T]; None: there are no others."""
+        """x: [B, T, C] -> [B, T, C]. mask: see attention. cache: [2, B, H, S, C / H], keys and
+        values, to which those of x are written at positions [T]; None: only those of x."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, C / H]
@@ -141,7 +141,7 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=1.0):
 
     Without do_sample, or at temperature 0, it is the most probable. Else it is drawn from
     softmax(logits / temperature), restricted to the top_k most probable tokens (None or 0: all),
-    and of these to the fewest with a share of top_p or more (Holtzman et al., arXiv:1904.09751).
+    then to the fewest whose probabilities sum to top_p or more (Holtzman et al., arXiv:1904.09751).
     """
     if not do_sample or temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)
@@ -152,7 +152,7 @@ def next_token(logits, do_sample=True, temperature=1.0, top_k=None, top_p=1.0):
     probs = F.softmax(logits, dim=-1)
     if top_p < 1:
         mass = probs.cumsum(dim=-1)
-        probs[:, 1:][mass[:, :-1] >= top_p] = 0  # multinomial takes weights, of any sum
+        probs[:, 1:][mass[:, :-1] >= top_p] = 0  # multinomial divides by the sum
     if probs.device.type == "mps":  # torch.multinomial draws wrong values there
         probs = probs.cpu()
     choice = torch.multinomial(probs, num_samples=1)  # [B, 1]
@@ -208,8 +208,8 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight)
 
     def forward(self, idx, targets=None):
-        """idx: tokens [B, T] -> logits [B, T, V] of the tokens that follow each of them, and the
-        loss: their mean cross-entropy with `targets` [B, T], in nats per token, or None"""
+        """idx: tokens [B, T] -> logits [B, T, V] of the token that follows each, and the loss:
+        the mean cross-entropy with `targets` [B, T], in nats per token (None without targets)"""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -217,9 +217,9 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx, n, record=None, **sampling):
-        """Yield n tokens [B, 1], one after another, that continue idx [B, T], of which the model
-        sees the last block_size. record(step), such as common.cuda_graph, is a faster step;
-        sampling: see next_token."""
+        """Continue idx [B, T] with n tokens, yielded one by one as [B, 1]. The model sees the last
+        block_size tokens. record(step), such as common.cuda_graph, returns a faster step; sampling:
+        see next_token."""
         assert not self.training, "call eval() first: dropout is for training"
         config, S = self.config, min(idx.size(1) + n, self.config.block_size)
         # Zeros, because a masked position has the weight 0, and 0 * nan would be nan.
@@ -233,8 +233,8 @@ class GPT(nn.Module):
         step = record(step) if record else step
         for i in range(n):
             window = idx[:, -config.block_size:]
-            # Only the last token is not in the cache. (At first none is, and once the window slides
-            # all its tokens have new positions.)
+            # The cache has all tokens but the last. (At first it is empty, and once the window
+            # slides all its tokens have new positions.)
             new = 1 if i > 0 and idx.size(1) <= config.block_size else window.size(1)
             positions = torch.arange(window.size(1), device=idx.device)
             token = next_token(step(window[:, -new:], positions[-new:]), **sampling)
@@ -275,8 +275,8 @@ class BPETokenizer:
     """GPT-2's byte-level byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909).
 
     A text is split into words, and a word into its UTF-8 bytes, a token each. Then, again and
-    again, two neighbours become one token: the pair that stands earliest in a list of 50,000,
-    wherever it occurs in the word. Special tokens, such as <|endoftext|>, are never split.
+    again, the pair of neighbours that is earliest in a list of 50,000 is merged into one token,
+    everywhere in the word. Special tokens, such as <|endoftext|>, are never split.
 
     vocab: {token: id}; merges: [(left, right), ...]; special: {text: id}. In vocab and merges a
     byte is written as a character that can be seen: its own, or one from U+0100 on.
@@ -337,8 +337,8 @@ class BPETokenizer:
         return ids
 
     def stream(self, ids):
-        """Yield the text of each of `ids` as it comes. Part of a character waits for the rest of
-        it; what is no UTF-8, or no id, becomes U+FFFD."""
+        """Yield the text of each of `ids` as it comes. Part of a character waits for the rest;
+        invalid UTF-8 or an unknown id becomes U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in ids:
             yield decoder.decode(self.bytes_of.get(id, b"\xff"))
@@ -389,7 +389,7 @@ class CharTokenizer:
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # an index names several files
            "pytorch_model.bin", "pytorch_model.bin.index.json")
-# config.json, which every model has, is downloaded last: if it is there, these were asked for.
+# Every model has a config.json. It is downloaded last: if it is there, the others were tried.
 SMALL_FILES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "tokenizer.json", "config.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -456,7 +456,7 @@ def weight_files(folder):
 
 
 def fetch(url, path):
-    """Download a file that is not there yet, whole or not at all. -> whether it is there now, so
+    """Download a file, whole or not at all, if it is not there yet. -> whether it is there now:
     False if the server does not have it. Raises OSError if the download fails."""
     if path.exists():
         return True
@@ -467,7 +467,7 @@ def fetch(url, path):
                 answer, "read", answer.length, disable=None, leave=False) as source:
             def write(file):
                 shutil.copyfileobj(source, file)
-                if answer.length:  # which reading counts down from the length announced
+                if answer.length:  # read() counts down from the announced length
                     raise ConnectionError(f"{answer.length:,} bytes of {url} did not come")
             common.save(path, write)
     except urllib.error.HTTPError as error:
@@ -477,8 +477,8 @@ def fetch(url, path):
 
 
 def find_model(name, weights=True):
-    """-> the folder of a model: `name` itself, or one to which the files of NAME or OWNER/NAME on
-    the hub are downloaded. weights: whether they are needed, too"""
+    """-> the folder of a model: `name` itself, or one with the files of NAME or OWNER/NAME,
+    downloaded from the hub. weights: whether to download them, too"""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -488,7 +488,7 @@ def find_model(name, weights=True):
     folder = Path(torch.hub.get_dir(), "checkpoints", repo.replace("/", "--"))
 
     def get(file):
-        with user_errors(f"{name} is no folder, and not downloaded", urllib.error.URLError):
+        with user_errors(f"{name} is no folder, and the download failed", urllib.error.URLError):
             return fetch(f"{hub}/{repo}/resolve/main/{file}", folder / file)
 
     if not (folder / "config.json").exists():
@@ -532,10 +532,10 @@ def load_tokenizer(name):
 
 
 def read_tensors(path):
-    """-> {name: tensor} of one file. A .safetensors is 8 bytes with the length of the header, the
-    header in JSON, and the tensors end to end, which stay in the file until they are used."""
+    """-> {name: tensor} of one file. A .safetensors file has the header's length in 8 bytes, the
+    header in JSON, and the tensors end to end; these stay in the file until they are used."""
     if path.suffix == ".bin":
-        if torch.__version__ < "2.6":  # (as versions) weights_only had a hole: CVE-2025-32434
+        if torch.__version__ < "2.6":  # compares versions; weights_only had CVE-2025-32434
             raise ValueError(f"{path.name} can be read safely only by torch 2.6 or newer")
         return torch.load(path, map_location="cpu", weights_only=True)
     data = np.memmap(path, np.uint8, "c")  # c: nothing is written to the file
@@ -567,7 +567,7 @@ def load_model(name, cls=GPT, **changes):
             # The causal mask, what it is filled with, and a second name of wte
             if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", key):
                 del weights[key]
-        model.load_state_dict(weights)  # copies from the file, and makes float32 of 16 bits
+        model.load_state_dict(weights)  # copies the file's values, as float32
     return model.eval()
 
 
@@ -596,7 +596,7 @@ def save_model(model, folder):
 
 
 def find_text(data_dir):
-    """-> the path of tiny Shakespeare, or without a network that of Python's documentation"""
+    """-> the path of tiny Shakespeare, or of Python's documentation if there is no network"""
     url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
     path = Path(data_dir, "tinyshakespeare.txt")
     with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
@@ -614,8 +614,8 @@ def find_text(data_dir):
 def read_blocks(path, limit, size=2**20):
     """Yield the first `limit` characters of a text (None: all) in blocks of about `size`.
 
-    In a word of word_pattern white space never follows another character. So blocks that end before
-    white space have the tokens of the whole text. (A cut after it could part two line ends.)
+    A word of word_pattern has no white space after another character. So blocks that end before
+    white space give the tokens of the whole text. (A cut after it could part two line ends.)
     """
     rest, left = "", limit or sys.maxsize
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -630,8 +630,8 @@ def read_blocks(path, limit, size=2**20):
 
 
 def tokenize(path, limit, tokenizer, folder):
-    """The tokens of a text, int32 [N]. They are in a file in `folder`, which is made once, and
-    then read in parts, as they are used: so they may be more than the memory holds."""
+    """The tokens of a text, int32 [N]. They are in a file in `folder`. It is written once, then
+    read in parts, as they are used, so there may be more tokens than the memory holds."""
     status = os.stat(path)
     made_from = repr([path, status.st_size, status.st_mtime_ns, limit, tokenizer.vocab,
                       tokenizer.merges, tokenizer.special])
@@ -654,8 +654,8 @@ def windows(tokens, starts, length):
 
 @torch.no_grad()
 def evaluate(model, tokens, T, batch_size):
-    """The mean cross-entropy, in nats per token, over all windows of T `tokens`, one after another,
-    without autocast. (Of fewer tokens it is over all of them.)"""
+    """The mean cross-entropy, in nats per token, over `tokens` in windows of T, one after another,
+    without autocast. (If there are fewer than T tokens, it is over all of them.)"""
     device, T = model.wte.weight.device, min(T, len(tokens) - 1)
     starts = np.arange(0, len(tokens) - T, T)
     total = 0  # becomes a tensor on the device, which is read once
@@ -678,7 +678,7 @@ def train(argv):
     add("--text", type=os.path.abspath, metavar="FILE", help="in UTF-8 (None: tiny Shakespeare)")
     add("--tokenizer", default="char", metavar="char|NAME|DIR", help="characters, or a model's")
     add("--init", metavar="NAME|DIR", help="a model to train further, see generate --model. It "
-        "brings its size and tokenizer, and other defaults: --block-size 256 --batch-size 4 "
+        "sets the size and the tokenizer, and changes defaults: --block-size 256 --batch-size 4 "
         "--max-steps 100 --eval-every 25 --optimizer adamw --lr 5e-5")
     add("--n-layer", type=number(int, 1), default=4, help="layers")
     add("--n-head", type=number(int, 1), default=4, help="attention heads in each layer")
@@ -701,7 +701,7 @@ def train(argv):
     args, checkpoint = common.parse_args(parser, argv, may_change={
         "text", "max_steps", "eval_every", "lr", "grad_accum", "compile"})
     if args.init and any([args.n_layer, args.n_head, args.n_embd, args.tokenizer]):
-        raise common.UserError("leave out --n-... and --tokenizer: --init brings its model's own")
+        raise common.UserError("leave out --n-... and --tokenizer: the --init model sets them")
     if not args.init and args.n_embd % args.n_head:
         raise common.UserError("--n-embd is not a multiple of --n-head")
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)
@@ -722,7 +722,7 @@ def train(argv):
                                 timeout=datetime.timedelta(days=1))
 
     # -- Text, tokenizer and model ------------------------------------------------------------
-    # The first process of a machine prepares files. The others wait here, until it is at a barrier.
+    # The first process of a machine prepares files. The others wait here for its barrier below.
     if local_rank > 0:
         dist.barrier()
     args.text = args.text or str(find_text(args.data_dir))
@@ -783,7 +783,7 @@ def train(argv):
         if checkpoint["scaler"]:  # empty after training without float16
             scaler.load_state_dict(checkpoint["scaler"])
         rows = checkpoint["rows"]
-    # The loop fills each step's rate into this tensor, because a CUDA graph sees no new number.
+    # The loop fills this tensor with each step's rate, because a CUDA graph freezes numbers.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -809,7 +809,7 @@ def train(argv):
     def train_step(batch):  # [B / world_size, T + 1]
         loss = torch.zeros((), device=device)
         for i, part in enumerate(batch.split(part_size), 1):
-            # Processes average their gradients in backward(), but only in that of the last part.
+            # Processes average their gradients in backward(), but only in the last part's.
             last = world_size == 1 or i == args.grad_accum
             with contextlib.nullcontext() if last else net.no_sync():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -829,26 +829,26 @@ def train(argv):
         return loss
 
     # On one GPU the step is recorded, then replayed, with new dropout. Python numbers in it are
-    # frozen: what you let change has to be a tensor, by fill_, like lr. (A scaler reads values back
-    # to the CPU, so its steps cannot be recorded.)
+    # frozen: a value that changes must be a tensor, set by fill_, like lr. (A scaler reads values
+    # back to the CPU, so its steps cannot be recorded.)
     if device.type == "cuda" and world_size == 1 and not scaler.is_enabled():
         train_step = common.cuda_graph(train_step)
     offset, golden_ratio = random.Random(args.seed).random(), (1 + 5**0.5) / 2  # for the windows
     evaluations = [*range(0, args.max_steps, args.eval_every), args.max_steps]
     for end in [step for step in evaluations if step > done]:
-        # For dropout, the same in a resumed run. (Integers have the same hash in every process.)
+        # A resumed run draws the same dropout. (Integers have the same hash in every process.)
         torch.manual_seed(hash((args.seed, done, rank)))
         began, steps = time.perf_counter(), end - done
         model.train()
         loss_sum = torch.zeros((), device=device)
         bar = tqdm(range(done, end), f"to step {end}", leave=False, disable=rank > 0 or None)
         for step in bar:
-            # Up in the first hundredth of all steps, then down to zero (an extension lifts it).
+            # Up in the first hundredth of all steps, then down to 0 (more --max-steps lift it).
             progress = (step + 0.5) / args.max_steps
             lr.fill_(args.lr * min(progress / 0.01, (1 - progress) / 0.99))
-            # Where in the text window n begins, as a fraction. These fractions fill 0..1 evenly
-            # (Weyl, 1916): windows as long as the text, all together, see 89% of it, and would see
-            # 63% at random. Each process takes its share of a step's windows.
+            # Window n begins at this fraction of the text. The fractions fill 0..1 evenly (Weyl,
+            # 1916): windows with as many tokens in all as the text cover 89% of it (63% if random).
+            # Each process takes its share of a step's windows.
             n = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
             fractions = (offset + n * golden_ratio) % 1
             starts = (fractions * (len(train_tokens) - T)).astype(np.int64)
@@ -909,7 +909,7 @@ def generate(argv):
     add("--greedy", action="store_true", help="always the most probable token")
     add("--temperature", type=number(float, 0), default=1.0, help="0: greedy; high: surprising")
     add("--top-k", type=number(int, 0), default=40, help="draw from the k most probable; 0: all")
-    add("--top-p", type=number(float, 0, 1), default=1.0, help="of these the first with this share")
+    add("--top-p", type=number(float, 0, 1), default=1.0, help="of these the fewest that sum to it")
     add("--half", action="store_true", help="in float16: half the memory; slow on many CPUs")
     add("--seed", type=number(int, 0), default=42, help="another seed, another text")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda, else cpu")
