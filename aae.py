@@ -1,7 +1,7 @@
 """An adversarial autoencoder (Makhzani et al., 2015, arXiv:1511.05644).
 
-    An encoder E makes codes of images x, a decoder R (for reconstruction) images of codes. D(z), of
-    the discriminator, is the probability that z is no code, but a draw from the prior N(0, I):
+    An encoder E turns images x into codes, a decoder R turns codes into reconstructions. D(z), by
+    the discriminator, is the probability that z is a draw from the prior N(0, I), not a code:
 
     min_{E,R}  lambda mean (x - R(E(x)))^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
@@ -9,7 +9,7 @@
     python aae.py                                    MNIST, 8 latent dimensions, 20 epochs
     python aae.py --z-dim 2                          a latent space that can be looked at
     python aae.py --lam 1                            a plain autoencoder
-    python aae.py --z-dim 20 --posterior gaussian    a stochastic encoder (universal: another)
+    python aae.py --z-dim 20 --posterior gaussian    a stochastic encoder (or: universal)
     python aae.py --dataset photos --image-size 32   your own pictures, all below photos/
     python aae.py --resume DIR --epochs 40           go on after a stop, or beyond the end
 
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
         half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # From size s to 2s - 1, or with an output_padding of 1 to 2s, if the wanted size is even
+        # Size s becomes 2s - 1, or with output_padding=1, if the wanted size is even, 2s.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.ReLU(),
             nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
@@ -137,7 +137,7 @@ class AdversarialAE(nn.Module):
         self.encoder = Encoder(z_dim, posterior, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
         self.discriminator = Discriminator(z_dim)
-        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, for all alike
+        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, in all layers
         for layer in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
@@ -159,7 +159,7 @@ class AdversarialAE(nn.Module):
         x, recon [B, C, H, W], z [B, z_dim], 0 <= lam <= 1; the results are means over the batch.
         rec is the squared error per pixel; gen, in nats, is low if codes fool the discriminator.
 
-        Q2.2: a GAN may draw a few kinds of images only. Here rec asks for every image of the data.
+        Q2.2: a GAN may draw only a few kinds of images. Here each kind that is missing raises rec.
         Q2.3b: lambda 1 ignores the codes' distribution, lambda 0 ignores the reconstruction. If D
         can only guess, gen is ln 2 = 0.69; a trained model's rec is a few hundredths. So lambda has
         to be close to 1 (the practical takes 0.995).
@@ -179,7 +179,7 @@ class AdversarialAE(nn.Module):
         the prior, the best possible loss is ln 2 and the accuracy 0.5: success, not failure.
         """
         real, fake = self.discriminator(torch.cat([torch.randn_like(z), z])).chunk(2)  # [B, 1] each
-        # Q2.3a: minus the objective's two terms in D. Their factors do not change the best D.
+        # Q2.3a: the objective's two terms with D, negated. Factors do not change the best D.
         loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))  # -log D(z)
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
@@ -209,8 +209,8 @@ def sliced_wasserstein(a, b, num_projections=200):
 @torch.no_grad()
 def evaluate(model, images, num_pairs=1):
     """uint8 images [N, C, H, W] -> mean squared error per pixel, codes [N, z_dim] on the CPU, and
-    their distance to N draws of the prior, in units of the distance between two sets of N draws:
-    near 1 is a match. Takes the mean over num_pairs pairs of sets. Sets torch's seed."""
+    their distance to N draws of the prior, divided by that between two sets of N draws: near 1 is a
+    match. Both distances are means over num_pairs pairs of sets. Sets torch's seed."""
     torch.manual_seed(0)  # the same noise each time
     squared_error, codes = 0, []
     for part in images.split(100):
@@ -231,7 +231,7 @@ def evaluate(model, images, num_pairs=1):
 @torch.no_grad()
 def save_pictures(model, images, labels, codes, run, epoch):
     """Save the pictures for Q2.4 to Q2.7 in the folder `run`: samples, reconstructions of ten of
-    the images (uint8 [N, C, H, W]), and the codes [N, z_dim] of all beside the prior."""
+    the images (uint8 [N, C, H, W]), and all codes [N, z_dim] together with the prior."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", (model.sample(64) + 1) / 2,
                        columns=8)
@@ -264,8 +264,8 @@ def main(argv=None):
     add, number = parser.add_argument, common.number
     add("--z-dim", type=number(int, 1), default=8, help="latent dimensions")
     add("--num-filters", type=number(int, 1), default=32, help="channels of the first convolution")
-    add("--posterior", choices=POSTERIORS, default="deterministic", help="what the encoder makes "
-        "of an image: a code, a Gaussian to draw it from, or a code that also depends on noise")
+    add("--posterior", choices=POSTERIORS, default="deterministic", help="the encoder's output: "
+        "a code, a Gaussian to draw a code from, or a code that also depends on noise")
     add("--lam", type=number(float, 0, 1), default=0.995, help="weight of the reconstruction")
     add("--ae-lr", type=number(float, 0), default=3e-3, help="highest rate of encoder and decoder")
     add("--d-lr", type=number(float, 0), default=5e-4, help="highest rate of the discriminator")
@@ -287,7 +287,7 @@ def main(argv=None):
     # Matrices and kernels of encoder and decoder learn faster by Muon (see common.py).
     ae_parameters = [p for name, p in model.named_parameters() if "discriminator" not in name]
     matrices = [p for p in ae_parameters if p.dim() in (2, 4)]
-    others = [p for p in ae_parameters if p.dim() not in (2, 4)]  # biases, and scalars you add
+    others = [p for p in ae_parameters if p.dim() not in (2, 4)]  # biases, and new scalars
     optimizers = [
         common.Muon(matrices, args.ae_lr, weight_decay=0.1),
         torch.optim.Adam(others, args.ae_lr, betas=(0.9, 0.99), fused=True,
@@ -302,7 +302,7 @@ def main(argv=None):
             optimizer.load_state_dict(state)
         rows = checkpoint["rows"]
     # The loop fills each step's rates into these tensors: a CUDA graph would not see new numbers.
-    # Set here, because load_state_dict replaces them.
+    # Set after load_state_dict, which replaces them.
     ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
     for optimizer, lr in zip(optimizers, (ae_lr, ae_lr, d_lr), strict=True):
         for group in optimizer.param_groups:
@@ -328,7 +328,7 @@ def main(argv=None):
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # The paper does these two in two steps, with phase 2 between them; the practical in one.
+        # The paper takes two steps for this, with phase 2 between them; the practical takes one.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -347,7 +347,7 @@ def main(argv=None):
         return torch.stack([rec, gen, disc, accuracy]).detach()
 
     # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
-    # numbers in it are frozen: a lambda that is to change has to be a tensor, by fill_, like ae_lr.
+    # numbers in it are frozen: a lambda that changes must be a tensor, set by fill_, like ae_lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -360,7 +360,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # Up in the first tenth of all epochs, then down to zero. An extension lifts the rates.
+            # Rates rise in the first tenth of all epochs, then fall to 0 (more epochs lift them).
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             scale = min(progress / 0.1, (1 - progress) / 0.9)
             ae_lr.fill_(args.ae_lr * scale)

@@ -24,7 +24,7 @@ class UserError(Exception):
 def run_script(main, torchrun=False):
     """Call main(). A UserError, or an error of the system such as a missing file, ends the script
     in one line and status 2. torchrun: whether main works in several processes."""
-    os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails with a notebook's, if inherited
+    os.environ["MPLBACKEND"] = "agg"  # one inherited from a notebook breaks matplotlib
     script = Path(sys.argv[0]).name
     try:
         if not torchrun and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -43,7 +43,7 @@ def run_script(main, torchrun=False):
 
 
 def save(path, write):
-    """Let write(file) fill a temporary file, then rename it to `path`, which so is always whole."""
+    """Let write(file) fill a temporary file, then rename it to `path`, so this is always whole."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # another process may save the same file
     try:
         with open(temporary, "wb") as file:
@@ -120,8 +120,8 @@ def add_image_arguments(parser, batch_size):
     add("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     add("--batch-size", type=number(int, 1), default=batch_size, help="images per step")
     add("--dataset", type=lambda text: text if text in names else os.path.abspath(text),
-        default="auto", metavar="|".join([*names, "DIR"]), help="auto: mnist, or without its files "
-        "and a network glyphs, digits drawn from fonts; DIR: all pictures below a folder of yours")
+        default="auto", metavar="|".join([*names, "DIR"]), help="auto: mnist, or glyphs (digits "
+        "drawn from fonts) if it is neither here nor online; DIR: all pictures below your folder")
     add("--image-size", type=number(int, 8), metavar="N", help="own pictures are cut to squares "
         "and scaled to N x N pixels (32 if not given)")
     parser.set_defaults(num_images=None)  # load_images counts them
@@ -130,12 +130,12 @@ def add_image_arguments(parser, batch_size):
 def add_run_arguments(parser):
     """The flags of all scripts that train"""
     add = parser.add_argument
-    add("--limit", type=number(int, 1), metavar="N", help="a quick try: the first N training "
-        "images, and N / 10 each to validate and test; of a text the first N characters")
-    add("--seed", type=number(int, 0), default=42, help="of weights, order of the data and noise")
+    add("--limit", type=number(int, 1), metavar="N", help="a quick try: N training images, "
+        "N / 10 to validate and N / 10 to test; or the first N characters of a text")
+    add("--seed", type=number(int, 0), default=42, help="for weights, data order and noise")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="auto takes cuda if it is there, else cpu (never mps)")
-    add("--no-amp", action="store_true", help="no autocast to 16 bits, which only CUDA uses")
+    add("--no-amp", action="store_true", help="turn off autocast to 16 bits (CUDA only)")
     add("--data-dir", type=os.path.abspath, default="data", metavar="DIR",
         help="where the data is, or is downloaded to")
     add("--out-dir", metavar="DIR", help="the run's folder, instead of one in runs/; gets a suffix "
@@ -146,8 +146,8 @@ def add_run_arguments(parser):
 
 def parse_args(parser, argv, may_change):
     """-> the arguments, and with --resume the checkpoint last.pt, else None. With --resume the
-    run's own arguments are the defaults. Those in may_change, --device, --no-amp and --data-dir may
-    be given again with another value: raises UserError for others."""
+    run's own arguments are the defaults. Only --device, --no-amp, --data-dir and those in
+    may_change may get another value: raises UserError for others."""
     args = parser.parse_args(argv)
     if args.resume is None:
         return args, None
@@ -182,7 +182,7 @@ def cuda_graph(step):
 
     step must not read a value back to the CPU, as .item() does. Anything kept between calls
     (weights, optimizer state, the learning rate) must be a CUDA tensor that is updated in place.
-    Python numbers and branches are frozen when recorded. A replay overwrites the last one's result.
+    Python numbers and branches are frozen when recorded. A replay overwrites the previous result.
     """
     calls, graphs = collections.Counter(), {}  # both by the tensors' shapes
 
@@ -221,11 +221,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates: all directions of a matrix get steps of the same size
     (Jordan et al., 2024, kellerjordan.github.io/posts/muon). Updates are scaled to the size of
     Adam's, so Adam's learning rates fit (Liu et al., 2025, arXiv:2502.16982). A convolution's
-    kernel [out, in, 3, 3] counts as a matrix [out, in * 9], a transposed one's as [in, out * 9].
+    kernel counts as a matrix [out, in * 9], that of a transposed convolution as [in, out * 9].
     (torch.optim.Muon takes no kernels, and is in bfloat16, which most CPUs only emulate.)"""
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
-        # A group holds the weights of one shape, which step() makes orthogonal together.
+        # A group for each shape: step() orthogonalizes the updates of a group together.
         by_shape = {w.shape: [v for v in weights if v.shape == w.shape] for w in weights}
         super().__init__([{"params": weights} for weights in by_shape.values()],
                          {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -280,7 +280,7 @@ def render_glyphs():
 
 
 def read_dataset(name, data_dir):
-    """-> the name, no longer "auto"; uint8 images [70000, 1, 28, 28], the test set's 10,000 last;
+    """-> the name (never "auto"); uint8 images [70000, 1, 28, 28], the last 10,000 for test;
     labels [70000]. Raises UserError if a file is damaged, or neither here nor on the network."""
     if name == "glyphs":
         return name, *render_glyphs()
@@ -402,7 +402,7 @@ def save_scatter(path, z, labels):
 
 
 def save_curves(path, rows, columns, ylabel, x="epoch"):
-    """Plot row[column] over row[x] for each of `columns`. The y-axis does not fit the first row,
+    """Plot row[column] over row[x] for each of `columns`. The y-axis ignores the first row,
     whose values are so high that the rest would look flat."""
     from matplotlib.figure import Figure
 

@@ -65,8 +65,8 @@ def kl_divergence(mean, log_std):
 
 
 def elbo_to_bpd(elbo, img_shape):
-    """Nats per image -> bits for each of its C * H * W values. elbo, as the practical calls it, is
-    *minus* the lower bound, our loss. img_shape: [B, C, H, W]"""
+    """Nats per image -> bits for each of its C * H * W values. The practical calls our loss
+    elbo: it is *minus* the lower bound. img_shape: [B, C, H, W]"""
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
 
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
         half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # From size s to 2s - 1, or with an output_padding of 1 to 2s, if the wanted size is even
+        # Size s becomes 2s - 1, or with output_padding=1, if the wanted size is even, 2s.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.GELU(),
             nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
@@ -130,7 +130,7 @@ class VAE(nn.Module):
         self.image_shape = (channels, image_size, image_size)
         self.encoder = Encoder(z_dim, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
-        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, for all alike
+        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, in all layers
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
@@ -172,8 +172,8 @@ def log_likelihood(model, x, num_samples, from_prior=False):
     arXiv:1509.00519), which for one draw is the lower bound. With from_prior r(z) is p(z), so w is
     p(x|z). On average both are below log p(x), and come closer with more draws.
 
-    Q1.2: draws from the prior are inefficient. Hardly any of them explains a given x, and fewer do
-    with each dimension of z.
+    Q1.2: draws from the prior are inefficient. Few of them explain a given x, and the more
+    dimensions z has, the fewer do.
     Q1.3, Q1.4: the lower bound is below log p(x) by KL(q(z|x) || p(z|x)), which is never negative.
     Raising the bound raises log p(x) or narrows this gap.
     """
@@ -202,7 +202,7 @@ def evaluate(model, images):
 
 def test_results(model, images):
     """Print and return what a trained model reaches: test_bpd, test_rec and test_kl of all images,
-    and to save time the estimates of log p(x) of a tenth of them."""
+    and estimates of log p(x) of a tenth of them, to save time."""
     rec, kl = evaluate(model, images)
     bpd = elbo_to_bpd(rec + kl, images.shape)
     print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
@@ -281,7 +281,7 @@ def main(argv=None):
     model = VAE(**config).to(device, memory_format=torch.channels_last)  # fastest for convolutions
     # Matrices and kernels learn faster by Muon (see common.py).
     matrices = [p for p in model.parameters() if p.dim() in (2, 4)]
-    others = [p for p in model.parameters() if p.dim() not in (2, 4)]  # biases, and scalars you add
+    others = [p for p in model.parameters() if p.dim() not in (2, 4)]  # biases, and new scalars
     optimizers = [common.Muon(matrices, args.lr, weight_decay=0.05),
                   torch.optim.Adam(others, args.lr, betas=(0.9, 0.99), fused=True,
                                    capturable=True)]  # for common.cuda_graph
@@ -292,7 +292,7 @@ def main(argv=None):
             optimizer.load_state_dict(state)
         rows = checkpoint["rows"]
     # The loop fills each step's rate into this tensor: a CUDA graph would not see a new number. Set
-    # here, because load_state_dict replaces it.
+    # after load_state_dict, which replaces it.
     lr = torch.zeros((), device=device)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -321,7 +321,7 @@ def main(argv=None):
         return torch.stack([rec, kl]).detach()
 
     # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
-    # numbers in it are frozen: a KL weight that you let grow has to be a tensor, by fill_, like lr.
+    # numbers in it are frozen: a KL weight that grows must be a tensor, set by fill_, like lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
     for epoch in range(len(rows) + 1, args.epochs + 1):
@@ -334,7 +334,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # Up in the first tenth of all epochs, then down to zero. An extension lifts the rate.
+            # The rate rises in the first tenth of all epochs, then falls to 0 (more epochs lift it).
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             lr.fill_(args.lr * min(progress / 0.1, (1 - progress) / 0.9))
             sums += train_step(indices) * len(indices)
