@@ -360,7 +360,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # Rates rise in the first tenth of all epochs, then fall to 0 (more epochs lift them).
+            # Rates rise in the first tenth of all epochs, then fall to 0; more epochs lift them.
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             scale = min(progress / 0.1, (1 - progress) / 0.9)
             ae_lr.fill_(args.ae_lr * scale)

@@ -334,7 +334,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # The rate rises in the first tenth of all epochs, then falls to 0 (more epochs lift it).
+            # The rate rises in the first tenth of all epochs, then falls to 0; more epochs lift it.
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             lr.fill_(args.lr * min(progress / 0.1, (1 - progress) / 0.9))
             sums += train_step(indices) * len(indices)
