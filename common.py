@@ -397,7 +397,7 @@ def save_scatter(path, z, labels):
     angle = torch.linspace(0, 2 * math.pi, 200)
     for sigma in (1, 2, 3):
         axes.plot(sigma * angle.cos(), sigma * angle.sin(), "k", linewidth=1)
-    figure.legend(*points.legend_elements(num=None), loc="outside right center")
+    axes.legend(*points.legend_elements(num=None), loc="center left", bbox_to_anchor=(1, 0.5))
     save(path, figure.savefig)
 
 
