@@ -392,8 +392,8 @@ def main(argv=None):
     model.eval()
     _, _, val_distance = evaluate(model, val, num_pairs=5)  # more exact than of one pair
     test_mse, _, test_distance = evaluate(model, test, num_pairs=5)
-    print(f"test: mse {test_mse:.4f} | distance of the codes to the prior (best: near 1) "
-          f"{val_distance:.2f} val {test_distance:.2f} test")
+    print(f"test: mse {test_mse:.4f} | distance of the codes to the prior (best: near 1): "
+          f"val {val_distance:.2f}, test {test_distance:.2f}")
     common.write_json(run / "test.json", {
         "epoch": len(rows), "test_mse": test_mse, "val_distance": val_distance,
         "test_distance": test_distance}, indent=2)
