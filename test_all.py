@@ -87,7 +87,7 @@ def run_script(script, *argv):
 
 
 class TemporaryFolder(unittest.TestCase):
-    """Each test starts in an empty folder of its own. Scripts save no pictures, which is slow."""
+    """Each test starts in an empty folder of its own. Scripts save no pictures, to save time."""
 
     def setUp(self):
         self.addCleanup(os.chdir, os.getcwd())
@@ -959,7 +959,7 @@ class Training(TemporaryFolder):
             identical(targets[:, :-1], idx[:, 1:])  # the next tokens
             loss = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
             self.assertAlmostEqual(ours, loss.item(), delta=1e-8)
-            for group in optimizer.param_groups:  # 11 steps: it only falls
+            for group in optimizer.param_groups:  # in 11 steps the rate only falls
                 group["lr"] = 1e-3 * (1 - (step + 0.5) / 11) / (1 - 0.01)
             optimizer.zero_grad()
             loss.backward()
