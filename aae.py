@@ -30,12 +30,16 @@ from tqdm import tqdm
 
 import common
 
-POSTERIORS = ("deterministic", "gaussian", "universal")
-
 
 def to_float(images):
     """uint8 -> floats in [-1, 1]"""
     return images / 127.5 - 1
+
+
+def sample_prior(n, z_dim, device):
+    """Draw n codes from the prior, N(0, I). -> [n, z_dim]. (Another prior goes here: by torch's own
+    draws, because a CUDA graph cannot record a tensor that is made of Python numbers.)"""
+    return torch.randn(n, z_dim, device=device)
 
 
 # -- Networks ---------------------------------------------------------------------------------
@@ -45,15 +49,16 @@ class Encoder(nn.Module):
     """E: images [B, C, H, W] in [-1, 1] -> codes [B, z_dim], one draw from q(z|x) for each.
 
     The convolutions are those of Tutorial 9 of the UvA Deep Learning notebooks; sizes are for
-    28x28. The posterior q(z|x) is one of three (section 2 of the paper). Q2.1: the distribution of
-    all codes, q(z), is the mean of q(z|x) over the images.
+    28x28. Q2.1: the distribution of all codes, q(z), is the mean of q(z|x) over the images. The
+    posterior q(z|x) is one of three (section 2 of the paper):
 
-    - "deterministic": z is a function of x, so all randomness of q(z) comes from the data.
-    - "gaussian": q(z|x) = N(mean(x), diag(std(x)^2)), so q(z) is a mixture of Gaussians.
-    - "universal": z is a function of x and of noise, so q(z|x) may take any shape.
+    - "deterministic": a point mass at E(x), so all randomness of q(z) comes from the data.
+    - "gaussian": N(mean(x), diag(std(x)^2)), so q(z) is a mixture of Gaussians.
+    - "universal": the mean over noise of a point mass at E(x, noise), so it may have any shape.
 
-    Q2.7: in many dimensions the codes of a deterministic encoder are far apart, and the decoder
-    learns nothing for the gaps between them. Noise fills gaps, but it costs reconstruction.
+    Q2.7: images have fewer degrees of freedom than a large z has dimensions. So deterministic codes
+    lie on a thin set that cannot fill N(0, I); noise makes it thicker. (The distance below does not
+    show this: projected on a line, codes on a thin set can look Gaussian.)
     """
 
     def __init__(self, z_dim=8, posterior="deterministic", num_filters=32, channels=1,
@@ -97,7 +102,7 @@ class Decoder(nn.Module):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
         half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # Size s becomes 2s - 1, or with output_padding=1, if the wanted size is even, 2s.
+        # A stride of 2 makes 2s - 1 of size s, or 2s with output_padding=1: 4 -> 7 -> 14 -> 28.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.ReLU(),
             nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
@@ -132,8 +137,7 @@ class AdversarialAE(nn.Module):
     def __init__(self, z_dim=8, posterior="deterministic", num_filters=32, channels=1,
                  image_size=28):
         super().__init__()
-        self.z_dim = z_dim
-        self.image_shape = (channels, image_size, image_size)
+        self.z_dim, self.image_shape = z_dim, (channels, image_size, image_size)
         self.encoder = Encoder(z_dim, posterior, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
         self.discriminator = Discriminator(z_dim)
@@ -141,7 +145,8 @@ class AdversarialAE(nn.Module):
         for layer in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         # Measured on MNIST, whose pixels are mostly -1: with a bias of 0 the first steps push the
         # outputs to where tanh is flat, and 5 of 6 seeds never recovered; with -1 all learned.
         nn.init.constant_(self.decoder.net[-1].bias, -1)
@@ -160,9 +165,12 @@ class AdversarialAE(nn.Module):
         rec is the squared error per pixel; gen, in nats, is low if codes fool the discriminator.
 
         Q2.2: a GAN may draw only a few kinds of images. Here each kind that is missing raises rec.
+        Q2.3a, the objective's terms: encoder and decoder lower the squared error. The discriminator
+        raises both others: log D(z), of the prior's draws, on which it acts alone, and
+        log(1 - D(E(x))), of the codes, which the encoder lowers.
         Q2.3b: lambda 1 ignores the codes' distribution, lambda 0 ignores the reconstruction. If D
         can only guess, gen is ln 2 = 0.69; a trained model's rec is a few hundredths. So lambda has
-        to be close to 1 (the practical takes 0.995).
+        to be close to 1. (With a sum over pixels, not a mean, the same balance has another lambda.)
         """
         rec = F.mse_loss(recon, x)
         # -log D(E(x)) instead of log(1 - D(E(x))), as in Goodfellow et al. (2014): the same aim,
@@ -178,8 +186,9 @@ class AdversarialAE(nn.Module):
         are detached from the encoder, which must not learn from this. If codes are distributed as
         the prior, the best possible loss is ln 2 and the accuracy 0.5: success, not failure.
         """
-        real, fake = self.discriminator(torch.cat([torch.randn_like(z), z])).chunk(2)  # [B, 1] each
-        # Q2.3a: the objective's two terms with D, negated. Factors do not change the best D.
+        real = self.discriminator(sample_prior(*z.shape, z.device))  # [B, 1]
+        fake = self.discriminator(z)
+        # The objective's two terms with D, negated. The factor 1/2 does not change the best D.
         loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))  # -log D(z)
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
@@ -188,30 +197,29 @@ class AdversarialAE(nn.Module):
     @torch.no_grad()
     def sample(self, n):
         """Decode n draws of the prior. -> images [n, C, H, W] in [-1, 1]"""
-        device = next(self.parameters()).device
-        return self.decoder(torch.randn(n, self.z_dim, device=device))
+        return self.decoder(sample_prior(n, self.z_dim, next(self.parameters()).device))
 
 
 # -- The distance of the codes to the prior ---------------------------------------------------
 
 
-def sliced_wasserstein(a, b, num_projections=200):
+def sliced_wasserstein(a, b, num_projections=50):
     """Project two sets of points on random directions. -> the mean of their Wasserstein-1 distances
 
     a, b [N, z_dim], on the CPU. In one dimension the best way to move N points onto N others keeps
     their order, so the distance is the mean difference of the sorted values.
     """
-    directions = F.normalize(torch.randn(a.shape[1], num_projections, dtype=a.dtype), dim=0)
-    a, b = a @ directions, b @ directions  # [N, num_projections]
-    return (a.sort(0).values - b.sort(0).values).abs().mean().item()
+    directions = F.normalize(torch.randn(num_projections, a.shape[1], dtype=a.dtype), dim=1)
+    a, b = directions @ a.T, directions @ b.T  # [num_projections, N]
+    return (a.sort().values - b.sort().values).abs().mean().item()
 
 
 @torch.no_grad()
-def evaluate(model, images, num_pairs=1):
-    """uint8 images [N, C, H, W] -> mean squared error per pixel, codes [N, z_dim] on the CPU, and
-    their distance to N draws of the prior, divided by that between two sets of N draws: near 1 is a
-    match. Both distances are means over num_pairs pairs of sets. Sets torch's seed."""
-    torch.manual_seed(0)  # the same noise each time
+def evaluate(model, images):
+    """uint8 images [N, C, H, W] -> mean squared error per pixel, and the distance of their codes to
+    the prior, in units of the distance between two sets of N draws of the prior: best is near 1.
+    Sets torch's seed, so the noise is the same each time."""
+    torch.manual_seed(0)
     squared_error, codes = 0, []
     for part in images.split(100):
         x = to_float(part)
@@ -219,41 +227,36 @@ def evaluate(model, images, num_pairs=1):
         squared_error += F.mse_loss(recon, x) * len(x)
         codes.append(z)
     codes = torch.cat(codes).cpu().double()
-    draws, others = torch.randn(2, num_pairs, *codes.shape, dtype=torch.float64)
-    distance = sum(sliced_wasserstein(codes, draw) for draw in draws)
-    unit = sum(sliced_wasserstein(other, draw) for other, draw in zip(others, draws, strict=True))
-    return (squared_error / len(images)).item(), codes, distance / unit
+    distance, unit = 0, 0
+    for _ in range(4):  # with other draws each time, for a more exact mean
+        draws, others = sample_prior(2 * len(codes), codes.shape[1], "cpu").double().chunk(2)
+        distance += sliced_wasserstein(codes, draws)
+        unit += sliced_wasserstein(others, draws)
+    return (squared_error / len(images)).item(), distance / unit
 
 
 # -- Pictures ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def save_pictures(model, images, labels, codes, run, epoch):
-    """Save the pictures for Q2.4 to Q2.7 in the folder `run`: samples, reconstructions of ten of
-    the images (uint8 [N, C, H, W]), and all codes [N, z_dim] together with the prior."""
+def save_pictures(model, images, labels, run, epoch):
+    """Save pictures for Q2.4 to Q2.7 in the folder `run`: samples, reconstructions of ten of the
+    images (uint8 [N, C, H, W]), all codes, and if z has two dimensions images decoded from a grid.
+    labels: [N]. The circles among the codes, and the grid, are those of N(0, I)."""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", (model.sample(64) + 1) / 2,
                        columns=8)
-    originals = to_float(images[common.ten_examples(labels)])
+    spread = torch.linspace(0, len(labels) - 1, min(10, len(labels))).long()
+    originals = to_float(images[labels.argsort(stable=True)[spread]])  # one of each of ten classes
     both = torch.cat([originals, model(originals)[0]])
     common.save_images(run / f"reconstructions_epoch_{epoch:03d}.png", (both + 1) / 2,
                        columns=len(originals))
+    codes = torch.cat([model.encoder(to_float(part)) for part in images.split(100)])
+    common.save_scatter(run / "codes.png", codes, labels)
     if model.z_dim == 2:
         z = common.prior_grid(20).to(images.device)
-        plane = (model.decoder(z) + 1) / 2
-        common.save_images(run / "manifold.png", plane, columns=20, padding=0)
-        common.save_scatter(run / "codes.png", codes, labels)
-    else:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-        axes = figure.add_subplot(xlabel="a code's values; black: the prior", ylabel="density")
-        axes.hist(codes.numpy(), bins=50, histtype="step", density=True)  # one line a dimension
-        z = torch.linspace(-4, 4, 200)
-        axes.plot(z, torch.exp(-z**2 / 2) / math.sqrt(2 * math.pi), "k", linewidth=2)
-        axes.set_ylim(0, 0.6)
-        common.save(run / "codes.png", figure.savefig)
+        plane = torch.cat([model.decoder(row) for row in z.split(20)])  # saves memory
+        common.save_images(run / "manifold.png", (plane + 1) / 2, columns=20, padding=0)
 
 
 def main(argv=None):
@@ -264,49 +267,49 @@ def main(argv=None):
     add, number = parser.add_argument, common.number
     add("--z-dim", type=number(int, 1), default=8, help="latent dimensions")
     add("--num-filters", type=number(int, 1), default=32, help="channels of the first convolution")
-    add("--posterior", choices=POSTERIORS, default="deterministic", help="the encoder's output: "
-        "a code, a Gaussian to draw a code from, or a code that also depends on noise")
+    add("--posterior", choices=["deterministic", "gaussian", "universal"], default="deterministic",
+        help="the encoder's output: a code, a Gaussian of codes, or a code that depends on noise")
     add("--lam", type=number(float, 0, 1), default=0.995, help="weight of the reconstruction")
     add("--ae-lr", type=number(float, 0), default=3e-3, help="highest rate of encoder and decoder")
     add("--d-lr", type=number(float, 0), default=5e-4, help="highest rate of the discriminator")
-    common.add_image_arguments(parser, batch_size=64)
-    common.add_run_arguments(parser)
+    common.add_image_flags(parser, batch_size=64)  # --epochs --optimizer --dataset --image-size
+    common.add_run_flags(parser)  # --limit --seed --device --no-amp --data-dir --out-dir --resume
     # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={"epochs", "ae_lr", "d_lr"})
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)  # float32 or bfloat16
-    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
-    train, val, test, val_labels = common.load_images(args, device)  # uint8 [N, C, H, W]
+    # uint8 images [N, C, H, W] and labels [N], which this model needs only for plots
+    (train, train_labels), (val, val_labels), (test, test_labels) = common.load_images(args, device)
 
     # -- Model and optimizers -----------------------------------------------------------------
     torch.manual_seed(args.seed)
     config = {"z_dim": args.z_dim, "posterior": args.posterior, "num_filters": args.num_filters,
               "channels": train.shape[1], "image_size": args.image_size}
-    model = AdversarialAE(**config).to(device, memory_format=torch.channels_last)  # fastest layout
-    # Matrices and kernels of encoder and decoder learn faster by Muon (see common.py).
-    ae_parameters = [p for name, p in model.named_parameters() if "discriminator" not in name]
-    matrices = [p for p in ae_parameters if p.dim() in (2, 4)]
-    others = [p for p in ae_parameters if p.dim() not in (2, 4)]  # biases, and new scalars
-    optimizers = [
-        common.Muon(matrices, args.ae_lr, weight_decay=0.1),
-        torch.optim.Adam(others, args.ae_lr, betas=(0.9, 0.99), fused=True,
-                         capturable=True),  # for common.cuda_graph
-        # beta1 0.5 is usual for a discriminator (Radford et al., 2016): its task keeps changing.
-        torch.optim.Adam(model.discriminator.parameters(), args.d_lr, betas=(0.5, 0.99),
-                         fused=True, capturable=True)]
-    rows = []  # the results, one dict per epoch
+    # channels_last is fastest for convolutions, but wrong on MPS (pytorch issue 140902).
+    layout = torch.channels_last if device.type != "mps" else torch.contiguous_format
+    model = AdversarialAE(**config).to(device, memory_format=layout)
+    # Phase 2 trains the first list, in which a second adversary belongs, phase 1 all the others.
+    d_parameters = [*model.discriminator.parameters()]
+    ae_parameters = [p for p in model.parameters() if p not in set(d_parameters)]
+    # Of these Muon is for matrices and kernels (see common.py), Adam for all that is left.
+    matrices = [p for p in ae_parameters if p.dim() in (2, 4) and args.optimizer == "muon"]
+    others = [p for p in ae_parameters if p not in set(matrices)]
+    # For common.cuda_graph the rates are tensors, which the loop fills, and Adam is capturable.
+    ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
+    adam = dict(fused=True, capturable=True)
+    # beta1 0.5 is usual for a discriminator (Radford et al., 2016): its task keeps changing.
+    d_optimizer = torch.optim.Adam(d_parameters, d_lr, betas=(0.5, 0.99), **adam)
+    ae_optimizers = [torch.optim.Adam(others, ae_lr, betas=(0.9, 0.99), **adam)]
+    if matrices:
+        ae_optimizers.append(common.Muon(matrices, ae_lr, weight_decay=0.1))
+    optimizers = [d_optimizer, *ae_optimizers]
+    rows, done = [], 0  # the results, one dict per epoch, and the epochs that are done
     if checkpoint:
+        rows, done = checkpoint["rows"], checkpoint["epoch"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        rows = checkpoint["rows"]
-    # The loop fills each step's rates into these tensors: a CUDA graph would not see new numbers.
-    # Set after load_state_dict, which replaces them.
-    ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
-    for optimizer, lr in zip(optimizers, (ae_lr, ae_lr, d_lr), strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            for group in optimizer.param_groups:  # in place of the saved rate
+                group["lr"] = d_lr if optimizer is d_optimizer else ae_lr
 
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
     if args.posterior != "deterministic":
@@ -315,25 +318,25 @@ def main(argv=None):
         name = f"{name}-{Path(args.dataset).name}"
     run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
     common.write_json(run / "args.json", vars(args), indent=2)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; "
-          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images {[*test.shape[1:]]}; "
-          f"{len(rows)} of {args.epochs} epochs done; after a stop: --resume {run}", flush=True)
-    if not rows:
-        _, codes, _ = evaluate(model.eval(), val)
-        save_pictures(model, val, val_labels, codes, run, epoch=0)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}\n"
+          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images {[*test.shape[1:]]}\n"
+          f"{done} of {args.epochs} epochs done; after a stop: --resume {run}", flush=True)
+    if done == 0:
+        save_pictures(model.eval(), val, val_labels, run, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
-    *ae_optimizers, d_optimizer = optimizers
-
+    # On CUDA this Python runs only for the first batches of a shape. Then its kernels are replayed
+    # with new noise, while numbers and branches are frozen: what changes (lambda, an average of the
+    # weights) must be a tensor that is assigned in place (fill_, copy_), not self.x = ...
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # The paper takes two steps for this, with phase 2 between them; the practical takes one.
+        # One step for both, as in the practical's template; its text and the paper take two.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
         # Gradients pass through the discriminator, but only `inputs` get a .grad.
-        loss.backward(inputs=ae_parameters)
+        loss.backward(inputs=[p for p in ae_parameters if p.requires_grad])
         for optimizer in ae_optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -346,11 +349,9 @@ def main(argv=None):
         d_optimizer.zero_grad()
         return torch.stack([rec, gen, disc, accuracy]).detach()
 
-    # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
-    # numbers in it are frozen: a lambda that changes must be a tensor, set by fill_, like ae_lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
-    for epoch in range(len(rows) + 1, args.epochs + 1):
+    for epoch in range(done + 1, args.epochs + 1):
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same numbers as
         # an uninterrupted one. (A pair of integers has the same hash in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
@@ -369,34 +370,31 @@ def main(argv=None):
         train_mse, gen, disc, accuracy = (sums / len(train)).tolist()  # waits for the device
         seconds = time.perf_counter() - began
         model.eval()
-        val_mse, codes, distance = evaluate(model, val)
+        val_mse, distance = evaluate(model, val)
         rows.append({"epoch": epoch, "seconds": seconds, "images_per_s": len(train) / seconds,
                      "train_mse": train_mse, "gen_loss": gen, "disc_loss": disc,
-                     "disc_accuracy": accuracy, "val_mse": val_mse, "val_distance": distance})
+                     "accuracy": accuracy, "val_mse": val_mse, "val_distance": distance})
+        common.check_finite(model, rows[-1])
         common.write_json(run / "metrics.jsonl", *rows)
         common.save_checkpoint(run / "last.pt", {
-            "model": model.state_dict(), "config": config, "args": vars(args), "rows": rows,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        print(f"epoch {epoch:3d}/{args.epochs} | train {train_mse:.4f} | val {val_mse:.4f} | "
+            "model": model.state_dict(), "config": config, "epoch": epoch, "rows": rows,
+            "args": vars(args), "optimizers": [o.state_dict() for o in optimizers]})
+        print(f"epoch {epoch:3d}/{args.epochs} | train {train_mse:.4f} val {val_mse:.4f} mse | "
               f"distance {distance:.2f} | gen {gen:.3f} disc {disc:.3f} accuracy {accuracy:.3f} | "
               f"{len(train) / seconds / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
         if epoch in (1, 2, 5, args.epochs) or epoch % 10 == 0:
-            save_pictures(model, val, val_labels, codes, run, epoch)
+            save_pictures(model, val, val_labels, run, epoch)
             common.save_curves(run / "mse.png", rows, ["train_mse", "val_mse"],
                                "squared error per pixel")
-            common.save_curves(run / "adversary.png", rows,
-                               ["gen_loss", "disc_loss", "disc_accuracy"],
+            common.save_curves(run / "adversary.png", rows, ["gen_loss", "disc_loss", "accuracy"],
                                "nats; accuracy as a fraction")
 
-    # -- Test the last model ------------------------------------------------------------------
-    model.eval()
-    _, _, val_distance = evaluate(model, val, num_pairs=5)  # more exact than of one pair
-    test_mse, _, test_distance = evaluate(model, test, num_pairs=5)
+    # -- Test the last model, because no single number says which epoch is best ---------------
+    test_mse, test_distance = evaluate(model.eval(), test)
     print(f"test: mse {test_mse:.4f} | distance of the codes to the prior (best: near 1): "
-          f"val {val_distance:.2f}, test {test_distance:.2f}")
-    common.write_json(run / "test.json", {
-        "epoch": len(rows), "test_mse": test_mse, "val_distance": val_distance,
-        "test_distance": test_distance}, indent=2)
+          f"val {rows[-1]['val_distance']:.2f}, test {test_distance:.2f}")
+    common.write_json(run / "test.json", {"epoch": rows[-1]["epoch"], "test_mse": test_mse,
+                                          "test_distance": test_distance}, indent=2)
     print(f"{name} -> {run}")
 
 

@@ -11,7 +11,7 @@
 
 The algorithm is everything above test_results, and train_step in main; the rest is speed, files and
 pictures. Q1.1, Q1.2, ... mark answers to the questions of the University of Amsterdam's Deep
-Learning Practical 3 (2023), which trains for 80 epochs with Adam at 1e-3 and batches of 128.
+Learning Practical 3 (2023), whose template has --optimizer adam --lr 1e-3 --batch-size 128.
 Shapes: B images in a batch, C channels of H x W pixels, D = z_dim, K = 16 values of a pixel.
 """
 
@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 import common
 
-NUM_VALUES = 16  # K
+NUM_VALUES = 16  # K, which must divide 256
 
 
 def to_4_bits(images):
-    """Pixels 0..255 -> 0..15: x >> 4 is floor(x / 256 * 16)."""
-    return images >> 4
+    """Pixels 0..255 -> 0..K - 1, each of them from equally many values."""
+    return images // (256 // NUM_VALUES)
 
 
 # -- The lower bound --------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def kl_divergence(mean, log_std):
 
 
 def elbo_to_bpd(elbo, img_shape):
-    """Nats per image -> bits for each of its C * H * W values. The practical calls our loss
-    elbo: it is *minus* the lower bound. img_shape: [B, C, H, W]"""
+    """*Minus* the lower bound, in nats per image -> bits for each of its C * H * W values. (The
+    names are those of the practical.) img_shape: [B, C, H, W]"""
     return elbo * math.log2(math.e) / math.prod(img_shape[1:])
 
 
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
         half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # Size s becomes 2s - 1, or with output_padding=1, if the wanted size is even, 2s.
+        # A stride of 2 makes 2s - 1 of size s, or 2s with output_padding=1: 4 -> 7 -> 14 -> 28.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.GELU(),
             nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
@@ -134,7 +134,8 @@ class VAE(nn.Module):
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, x):
         """Images [B, C, H, W] of integers 0..15 -> the two terms of the loss, rec = -log p(x|z) and
@@ -172,8 +173,8 @@ def log_likelihood(model, x, num_samples, from_prior=False):
     arXiv:1509.00519), which for one draw is the lower bound. With from_prior r(z) is p(z), so w is
     p(x|z). On average both are below log p(x), and come closer with more draws.
 
-    Q1.2: draws from the prior are inefficient. Few of them explain a given x, and the more
-    dimensions z has, the fewer do.
+    Q1.2: draws from the prior are inefficient, because few of them explain a given x. About
+    e^KL(p(z|x) || p(z)) are needed, and this KL grows with the number of dimensions that z uses.
     Q1.3, Q1.4: the lower bound is below log p(x) by KL(q(z|x) || p(z|x)), which is never negative.
     Raising the bound raises log p(x) or narrows this gap.
     """
@@ -206,7 +207,7 @@ def test_results(model, images):
     rec, kl = evaluate(model, images)
     bpd = elbo_to_bpd(rec + kl, images.shape)
     print(f"test: {bpd:.4f} bpd | rec {rec:.1f} kl {kl:.1f}")
-    x = images[::10]  # not the first tenth: MNIST's test images are sorted by writers
+    x = images[::10]
     bound = -sum(evaluate(model, x))
     weighted, prior = 0, 0
     for part in tqdm(x.split(100), "log p(x)", disable=None, leave=False):
@@ -229,20 +230,21 @@ def mean_image(logits):
 
 @torch.no_grad()
 def visualize_manifold(decoder, grid_size=20):
-    """Decode a grid of two-dimensional z at the percentiles of the prior (Q1.9); z[0] grows to the
+    """Decode a grid of two-dimensional z at the percentiles of N(0, I) (Q1.9); z[0] grows to the
     right, z[1] upwards. -> images [grid_size**2, C, H, W] in [0, 1], row by row"""
     z = common.prior_grid(grid_size).to(next(decoder.parameters()).device)
-    return mean_image(decoder(z))
+    return torch.cat([mean_image(decoder(row)) for row in z.split(grid_size)])  # saves memory
 
 
 @torch.no_grad()
 def save_pictures(model, images, labels, run, epoch):
-    """Save pictures in the folder `run`: samples (Q1.8), ten reconstructions, and if z has two
-    dimensions the manifold and the latents of all images [N, C, H, W], coloured by label."""
+    """Save pictures in the folder `run`: samples (Q1.8), reconstructions of ten of the images
+    [N, C, H, W], and if z has two dimensions the manifold and all images' latents. labels: [N]"""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     samples = model.sample(64) / (NUM_VALUES - 1)
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", samples, columns=8)
-    originals = images[common.ten_examples(labels)]
+    spread = torch.linspace(0, len(labels) - 1, min(10, len(labels))).long()
+    originals = images[labels.argsort(stable=True)[spread]]  # one of each of ten classes
     means, _ = model.encoder(originals)
     rebuilt = mean_image(model.decoder(means))  # from the mean of q(z|x)
     common.save_images(run / "reconstructions.png",
@@ -250,7 +252,7 @@ def save_pictures(model, images, labels, run, epoch):
     if model.z_dim == 2:
         plane = visualize_manifold(model.decoder, grid_size=20)
         common.save_images(run / "manifold.png", plane, columns=20, padding=0)
-        means = torch.cat([model.encoder(x)[0] for x in images.split(100)]).cpu()  # [N, 2]
+        means = torch.cat([model.encoder(x)[0] for x in images.split(100)])  # [N, 2]
         common.save_scatter(run / "latents.png", means, labels)
 
 
@@ -263,53 +265,54 @@ def main(argv=None):
     add("--z-dim", type=number(int, 1), default=20, help="latent dimensions")
     add("--num-filters", type=number(int, 1), default=32, help="channels of the first convolution")
     add("--lr", type=number(float, 0), default=5e-3, help="highest learning rate")
-    common.add_image_arguments(parser, batch_size=64)
-    common.add_run_arguments(parser)
+    common.add_image_flags(parser, batch_size=64)  # --epochs --optimizer --dataset --image-size
+    common.add_run_flags(parser)  # --limit --seed --device --no-amp --data-dir --out-dir --resume
     # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={"epochs", "lr"})
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)  # float32 or bfloat16
-    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
-    train, val, test, val_labels = common.load_images(args, device)  # uint8 [N, C, H, W]
+    # uint8 images [N, C, H, W] and labels [N], which this model needs only for plots
+    (train, train_labels), (val, val_labels), (test, test_labels) = common.load_images(args, device)
     train, val, test = to_4_bits(train), to_4_bits(val), to_4_bits(test)
 
     # -- Model and optimizers -----------------------------------------------------------------
     torch.manual_seed(args.seed)
     config = {"z_dim": args.z_dim, "num_filters": args.num_filters,
               "channels": train.shape[1], "image_size": args.image_size}
-    model = VAE(**config).to(device, memory_format=torch.channels_last)  # fastest for convolutions
-    # Matrices and kernels learn faster by Muon (see common.py).
-    matrices = [p for p in model.parameters() if p.dim() in (2, 4)]
-    others = [p for p in model.parameters() if p.dim() not in (2, 4)]  # biases, and new scalars
-    optimizers = [common.Muon(matrices, args.lr, weight_decay=0.05),
-                  torch.optim.Adam(others, args.lr, betas=(0.9, 0.99), fused=True,
-                                   capturable=True)]  # for common.cuda_graph
-    rows = []  # the results, one dict per epoch
+    # channels_last is fastest for convolutions, but wrong on MPS (pytorch issue 140902).
+    layout = torch.channels_last if device.type != "mps" else torch.contiguous_format
+    model = VAE(**config).to(device, memory_format=layout)
+    # Muon is for matrices and kernels (see common.py), Adam for all that is left, such as biases.
+    matrices = [p for p in model.parameters() if p.dim() in (2, 4) and args.optimizer == "muon"]
+    others = [p for p in model.parameters() if p not in set(matrices)]
+    # For common.cuda_graph the rate is a tensor, which the loop fills, and Adam is capturable.
+    lr = torch.zeros((), device=device)
+    optimizers = [torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=True, capturable=True)]
+    if matrices:
+        optimizers.append(common.Muon(matrices, lr, weight_decay=0.05))
+    rows, done = [], 0  # the results, one dict per epoch, and the epochs that are done
     if checkpoint:
+        rows, done = checkpoint["rows"], checkpoint["epoch"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        rows = checkpoint["rows"]
-    # The loop fills each step's rate into this tensor: a CUDA graph would not see a new number. Set
-    # after load_state_dict, which replaces it.
-    lr = torch.zeros((), device=device)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr  # in place of the saved one
 
     name = f"vae-z{args.z_dim}"
     if args.dataset != "mnist":
         name = f"{name}-{Path(args.dataset).name}"
     run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
     common.write_json(run / "args.json", vars(args), indent=2)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; "
-          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images {[*test.shape[1:]]}; "
-          f"{len(rows)} of {args.epochs} epochs done; after a stop: --resume {run}", flush=True)
-    if not rows:
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}\n"
+          f"{len(train):,} train, {len(val):,} val, {len(test):,} test images {[*test.shape[1:]]}\n"
+          f"{done} of {args.epochs} epochs done; after a stop: --resume {run}", flush=True)
+    if done == 0:
         save_pictures(model.eval(), val, val_labels, run, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
+    # On CUDA this Python runs only for the first batches of a shape. Then its kernels are replayed
+    # with new noise, while numbers and branches are frozen: what changes (a KL weight, an average
+    # of the weights) must be a tensor that is assigned in place (fill_, copy_), not self.x = ...
     def train_step(indices):
         x = train[indices]  # [B, C, H, W]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -320,11 +323,9 @@ def main(argv=None):
             optimizer.zero_grad()
         return torch.stack([rec, kl]).detach()
 
-    # On CUDA the step is recorded (once for each batch size), then replayed, with new noise. Python
-    # numbers in it are frozen: a KL weight that grows must be a tensor, set by fill_, like lr.
     if device.type == "cuda":
         train_step = common.cuda_graph(train_step)
-    for epoch in range(len(rows) + 1, args.epochs + 1):
+    for epoch in range(done + 1, args.epochs + 1):
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same numbers as
         # an uninterrupted one. (A pair of integers has the same hash in every process.)
         torch.manual_seed(hash((args.seed, epoch)))
@@ -347,6 +348,7 @@ def main(argv=None):
                "train_bpd": elbo_to_bpd(train_rec + train_kl, train.shape),
                "val_bpd": elbo_to_bpd(val_rec + val_kl, val.shape)}
         rows.append(row)
+        common.check_finite(model, row)
         saved = {"model": model.state_dict(), "config": config, "epoch": epoch, "rows": rows,
                  "args": vars(args)}
         if row["val_bpd"] == min(r["val_bpd"] for r in rows):
@@ -354,8 +356,8 @@ def main(argv=None):
         common.write_json(run / "metrics.jsonl", *rows)
         common.save_checkpoint(run / "last.pt", saved | {
             "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        print(f"epoch {epoch:3d}/{args.epochs} | train {row['train_bpd']:.4f} | "
-              f"val {row['val_bpd']:.4f} | rec {val_rec:.1f} kl {val_kl:.1f} | "
+        print(f"epoch {epoch:3d}/{args.epochs} | train {row['train_bpd']:.4f} "
+              f"val {row['val_bpd']:.4f} bpd | rec {val_rec:.1f} kl {val_kl:.1f} | "
               f"{row['images_per_s'] / 1000:.2f}k img/s | {seconds:.1f} s", flush=True)
         if epoch in (1, 2, 5, args.epochs) or epoch % 10 == 0:
             save_pictures(model, val, val_labels, run, epoch)
@@ -367,7 +369,7 @@ def main(argv=None):
     model.load_state_dict(best["model"])
     results = test_results(model.eval(), test) | {"epoch": best["epoch"]}
     common.write_json(run / "test.json", results, indent=2)
-    print(f"{name}, the best in validation: epoch {best['epoch']} of {len(rows)} -> {run}")
+    print(f"{name}, the best in validation: epoch {best['epoch']} of {rows[-1]['epoch']} -> {run}")
 
 
 if __name__ == "__main__":
