@@ -693,7 +693,7 @@ def train(argv):
     add("--lr", type=number(float, 0), help="highest (None: muon 0.9 / n-embd, adamw 0.4 / n-embd)")
     add("--plain-attention", action="store_true", help="by the formula, not by the fused kernel")
     add("--compile", action="store_true", help="torch.compile: minutes, then faster steps on a GPU")
-    common.add_run_arguments(parser)
+    common.add_run_flags(parser)
     if parser.parse_known_args(argv)[0].init:
         parser.set_defaults(n_layer=None, n_head=None, n_embd=None, tokenizer=None, block_size=256,
                             batch_size=4, max_steps=100, eval_every=25, optimizer="adamw", lr=5e-5)

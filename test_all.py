@@ -56,6 +56,7 @@ needs_processes = unittest.skipUnless(hasattr(os, "fork"), "starts processes as 
 render_glyphs = functools.cache(common.render_glyphs)  # tests render them once
 PICTURES = [(vae, "save_pictures", vae.save_pictures), (aae, "save_pictures", aae.save_pictures),
             (common, "save_curves", common.save_curves)]
+POSTERIORS = ("deterministic", "gaussian", "universal")
 SHAPES = ((1, 28), (3, 32), (3, 64), (1, 45), (4, 17), (2, 8))  # channels, image_size
 
 
@@ -135,6 +136,8 @@ class VAE(unittest.TestCase):
         x = torch.arange(256, dtype=torch.uint8)
         formula = (x.double() / 255 * 16).floor().clamp(max=15)
         identical(vae.to_4_bits(x), formula.to(torch.uint8))
+        with mock.patch.object(vae, "NUM_VALUES", 256):
+            identical(vae.to_4_bits(x), x)
 
     def test_a_model_whose_weights_are_zero_needs_exactly_4_bits_per_pixel(self):
         for parameter in self.model.parameters():
@@ -220,6 +223,15 @@ class VAE(unittest.TestCase):
             for wrong in (x.float(), x[:, 1:], x[..., 1:], x[:, 0]):
                 self.assertRaises(AssertionError, model, wrong)
 
+    def test_layers_may_have_no_bias(self):
+        class Unbiased(nn.Conv2d):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs, bias=False)
+
+        with mock.patch.object(nn, "Conv2d", Unbiased):
+            sum(vae.VAE(2, 4)(self.images[:2])).backward()
+            aae.AdversarialAE(2, num_filters=4)
+
     def test_samples_follow_the_decoders_categorical_distribution(self):
         model = vae.VAE(z_dim=2, num_filters=4, channels=2)
         for parameter in model.decoder.parameters():
@@ -237,6 +249,13 @@ class VAE(unittest.TestCase):
         expected = [[x, y] for y in (5 / 6, 1 / 2, 1 / 6) for x in (1 / 6, 1 / 2, 5 / 6)]
         assert_close(cdf, torch.tensor(expected), atol=1e-5, rtol=0)
 
+    def test_the_plane_is_decoded_in_parts(self):
+        sizes, decoder = [], self.model.decoder
+        decoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+        with mock.patch.object(common, "prior_grid", lambda size: torch.zeros(size**2, 20)):
+            self.assertEqual(len(vae.visualize_manifold(decoder, 5)), 25)
+        self.assertEqual(sizes, [5] * 5)
+
 
 # -- The adversarial autoencoder --------------------------------------------------------------
 
@@ -247,7 +266,7 @@ class AAE(unittest.TestCase):
         self.x = aae.to_float(render_glyphs()[0][:64])
 
     def test_any_image_shape_can_be_trained_and_input_of_another_shape_is_refused(self):
-        for (channels, size), posterior in itertools.product(SHAPES, aae.POSTERIORS):
+        for (channels, size), posterior in itertools.product(SHAPES, POSTERIORS):
             model = aae.AdversarialAE(5, posterior, 4, channels, size)
             x = torch.rand(3, channels, size, size)
             recon, z = model(x)
@@ -285,7 +304,7 @@ class AAE(unittest.TestCase):
     @torch.no_grad()
     def test_only_deterministic_codes_repeat_and_gaussian_ones_have_their_mean_and_std(self):
         x = self.x[:1].expand(5_000, -1, -1, -1)
-        for posterior in aae.POSTERIORS:
+        for posterior in POSTERIORS:
             spread = aae.Encoder(2, posterior)(x[:200]).std(0)
             self.assertEqual((spread > 1e-3).tolist(), [posterior != "deterministic"] * 2)
         encoder = aae.Encoder(2, "gaussian")
@@ -314,12 +333,26 @@ class AAE(unittest.TestCase):
 
         images = render_glyphs()[0][:2001]  # the last batch has one
         for spread, low, high in ((1, 0.8, 1.25), (1.2, 3, 20)):
-            mse, codes, distance = aae.evaluate(model_with(spread), images, num_pairs=5)
+            mse, distance = aae.evaluate(model_with(spread), images)
             self.assertTrue(low < distance < high, (spread, distance))
-            self.assertEqual((codes.shape, codes.dtype), ((2001, 8), torch.float64))
             self.assertAlmostEqual(mse, (aae.to_float(images)**2).mean().item(), places=5)
         model = aae.AdversarialAE(posterior="gaussian", num_filters=4)
-        self.assertEqual(aae.evaluate(model, images)[0], aae.evaluate(model, images)[0])
+        self.assertEqual(aae.evaluate(model, images), aae.evaluate(model, images))
+
+    def test_another_prior_is_that_of_loss_samples_and_distance(self):
+        def prior(n, z_dim, device):  # 7 in each dimension, nearly
+            return 7 + 0.01 * torch.randn(n, z_dim, device=device)
+
+        seen, model = [], aae.AdversarialAE(num_filters=4)
+        for network in (model.discriminator, model.decoder):
+            network.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].mean()))
+        with mock.patch.object(aae, "sample_prior", prior):
+            model.discriminator_loss(torch.zeros(1000, 8))
+            model.sample(1000)
+            _, distance = aae.evaluate(lambda x: (x, prior(len(x), 8, "cpu")),
+                                       render_glyphs()[0][:1000])
+        assert_close(torch.stack(seen), torch.tensor([7., 0, 7]), atol=0.01, rtol=0)
+        self.assertAlmostEqual(distance, 1, delta=0.25)
 
 
 # -- What the scripts share -------------------------------------------------------------------
@@ -344,6 +377,19 @@ class Common(TemporaryFolder):
             # Torch's is in bfloat16.
             self.assertLess((ours.flatten(1) - theirs).norm(), 0.01 * (theirs - before).norm())
 
+    def test_muon_keeps_the_contract_of_torchs_optimizers(self):
+        weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(3)]
+        optimizer = common.Muon((weight for weight in weights), lr=0.1, weight_decay=0.1)
+
+        def closure():
+            loss = sum((weight**2).sum() for weight in weights[:2])  # none for the third
+            loss.backward()
+            return loss.detach()
+
+        self.assertEqual(optimizer.step(closure).item(), 12)
+        moved = [bool((weight != 1).all()) for weight in weights]
+        self.assertEqual((moved, optimizer.step()), ([True, True, False], None))
+
     @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
     def test_a_step_replayed_from_a_cuda_graph_equals_the_step_run_directly(self):
         def losses(record):
@@ -362,29 +408,56 @@ class Common(TemporaryFolder):
             for i in range(12):  # two shapes, each recorded at its fourth call
                 lr.fill_(0.1 / (i + 1))
                 x = torch.full((4 + i % 2, 5), 1.0 + i, device="cuda")
-                yield step(x, 2 * x).item()
+                yield step(x, 2 * x)  # lists keep all of them
 
         recorded, direct = losses(common.cuda_graph), losses(lambda step: step)
-        np.testing.assert_allclose([*recorded], [*direct], rtol=1e-5)
+        assert_close(torch.stack([*recorded]), torch.stack([*direct]), rtol=1e-5, atol=0)
 
     def test_two_runs_never_share_a_folder_even_if_they_start_at_once(self):
         Path("runs/a").mkdir(parents=True)
-        self.assertEqual(common.new_run_folder("runs/a"), Path("runs/a"))  # no run was there
-        Path("runs/a-2").touch()
-        self.assertEqual(common.new_run_folder("runs/a"), Path("runs/a-3"))
+        for expected in ("a", "a-2", "a-3"):  # no run was in the first
+            self.assertEqual(common.new_run_folder("runs/a"), Path("runs", expected))
         with concurrent.futures.ThreadPoolExecutor(20) as pool:
             self.assertEqual(len(set(pool.map(common.new_run_folder, ["b"] * 20))), 20)
+            # All threads have the same process number, like the processes of several containers.
+            [*pool.map(common.write_json, ["c.json"] * 20, range(20))]
+        self.assertLess(json.loads(Path("c.json").read_text()), 20)
 
-    def test_a_checkpoint_is_written_whole_or_not_at_all_and_only_with_finite_weights(self):
+    def test_a_folder_that_cannot_be_made_is_an_error_and_ends_no_loop(self):
+        os.symlink("not/mounted", "runs")
+        self.assertRaises(FileExistsError, common.new_run_folder, "runs/a")
+
+    def test_paths_may_have_a_tilde_or_a_slash_at_their_end(self):
+        with mock.patch.dict(os.environ, HOME=os.getcwd(), USERPROFILE=os.getcwd()):
+            args, _ = load("--dataset", "glyphs", "--out-dir", "~/run", "--data-dir", "data/")
+        self.assertEqual((args.out_dir, args.data_dir), (str(Path("run").absolute()),
+                                                         str(Path("data").absolute())))
+        self.assertFalse(load("--dataset", "glyphs", "--out-dir", "")[0].out_dir)
+
+    def test_standard_output_takes_any_text(self):
+        with mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252")) as out:
+            common.run_script(lambda: print("фото \udcff", flush=True))
+        self.assertEqual(out.buffer.getvalue().decode(), f"фото \\udcff{os.linesep}")
+
+    def test_a_checkpoint_is_written_whole_or_not_at_all(self):
         checkpoint = {"model": {"w": torch.arange(1000.)}, "args": {"script": "vae.py"}}
         common.save_checkpoint(Path("a.pt"), checkpoint)
         before = Path("a.pt").read_bytes()
-        with self.assertRaisesRegex(common.UserError, "no longer finite"):
-            common.save_checkpoint(Path("a.pt"), {"model": {"w": torch.tensor([1, math.nan])}})
         with self.assertRaises(KeyError):  # a stop in the middle
             common.save(Path("a.pt"), lambda file: file.write(b"half") and {}["a key"])
         self.assertEqual(Path("a.pt").read_bytes(), before)
         identical(common.load_checkpoint(Path("a.pt"), "vae.py")["model"], checkpoint["model"])
+
+    def test_nan_weights_and_results_that_are_not_finite_are_named_but_masks_may_be_infinite(self):
+        model = nn.Linear(1, 1)
+        model.register_buffer("mask", torch.tensor([0, -math.inf]))
+        common.check_finite(model, {"epoch": 1, "loss": 0.5})
+        for bad in (math.nan, math.inf):
+            with self.assertRaisesRegex(common.UserError, "^loss is no longer finite"):
+                common.check_finite(model, {"epoch": 1, "loss": bad})
+        nn.init.constant_(model.bias, math.nan)
+        with self.assertRaisesRegex(common.UserError, "^bias is"):
+            common.check_finite(model, {"epoch": 1, "loss": math.nan})
 
 
 # -- Images -----------------------------------------------------------------------------------
@@ -393,8 +466,8 @@ class Common(TemporaryFolder):
 def load(*argv):
     """-> args and images, as the image scripts load them"""
     parser = argparse.ArgumentParser(prog="test")
-    common.add_image_arguments(parser, batch_size=1)
-    common.add_run_arguments(parser)
+    common.add_image_flags(parser, batch_size=1)
+    common.add_run_flags(parser)
     args = parser.parse_args([str(word) for word in argv])
     return args, common.load_images(args, torch.device("cpu"))
 
@@ -417,19 +490,21 @@ class Images(TemporaryFolder):
         self.assertGreater(torch.bincount(labels).min().item(), 6000)
 
     def test_the_split_into_train_val_and_test_is_fixed_and_limit_keeps_the_first_of_each(self):
-        args, (train, val, test, val_labels) = load("--dataset", "glyphs", "--seed", 1)
-        images, labels = render_glyphs()
-        order = torch.randperm(60_000, generator=torch.Generator().manual_seed(42))
-        identical(torch.cat([train, val]), images[order])
-        identical(test, images[60_000:])
-        identical(val_labels, labels[order[54_000:]])
-        self.assertEqual((len(val), args.num_images, args.image_size), (6000, 70_000, 28))
+        args, (train, val, test) = load("--dataset", "glyphs", "--seed", 1)
+        generator = torch.Generator().manual_seed(42)
+        order = torch.randperm(60_000, generator=generator)
+        order = torch.cat([order, 60_000 + torch.randperm(10_000, generator=generator)])
+        for all_of_them, split in zip(render_glyphs(), zip(train, val, test, strict=True),
+                                      strict=True):  # images, then labels
+            identical(torch.cat(split), all_of_them[order])
+        self.assertEqual((len(val[0]), len(test[0]), args.image_size), (6000, 10_000, 28))
         few = load("--dataset", "glyphs", "--limit", 100)[1]
-        identical(few[:3], (train[:100], val[:10], test[:10]))
+        for part, whole, n in zip(few, (train, val, test), (100, 10, 10), strict=True):
+            identical(part, (whole[0][:n], whole[1][:n]))
 
     @unittest.skipUnless((DATA_DIR / "MNIST/raw").is_dir(), "DATA_DIR has no MNIST")
     def test_mnist_is_read_and_a_damaged_file_is_named_and_never_replaced_by_glyphs(self):
-        args, (_, _, test, _) = load("--data-dir", DATA_DIR)
+        args, (_, _, (test, _)) = load("--data-dir", DATA_DIR)
         self.assertEqual((args.dataset, len(test)), ("mnist", 10_000))
         self.assertAlmostEqual(test.double().mean().item(), 33.791, places=3)
         shutil.copytree(DATA_DIR / "MNIST/raw", "data/MNIST/raw")
@@ -437,7 +512,7 @@ class Images(TemporaryFolder):
         content = path.read_bytes()
         for damaged in (content[:-1000], b"", b"no image" + content):
             path.write_bytes(damaged)
-            with self.assertRaisesRegex(common.UserError, "data/MNIST/raw is damaged"):
+            with self.assertRaisesRegex(common.UserError, "data/MNIST/raw cannot be read"):
                 load()
 
     def test_offline_glyphs_replace_mnist_only_if_no_dataset_or_folder_was_named(self):
@@ -447,20 +522,35 @@ class Images(TemporaryFolder):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             args, _ = load("--limit", 10)
         self.assertEqual(args.dataset, "glyphs")
-        self.assertIn("warning: MNIST", err.getvalue())
+        self.assertRegex(err.getvalue(), "warning: .*MNIST/raw .*[Rr]efused")  # the reason
         for argv in (["--dataset", "mnist"], ["--data-dir", "other"]):
             self.assertRaisesRegex(common.UserError, "MNIST/raw", load, *argv)
 
     def test_own_pictures_are_read_in_colour_and_labelled_by_their_folders(self):
         write_pictures("photos")
-        args, (train, val, test, val_labels) = load("--dataset", "photos", "--image-size", 16)
-        self.assertEqual([len(train), len(val), len(test)], [32, 4, 4])
-        self.assertEqual((train.shape[1:], args.image_size), ((3, 16, 16), 16))
-        self.assertTrue((train[:, 0, 0] == 250).all())
-        # 5 * i in the lower half; odd i lie in the second folder.
-        identical(val[:, 2, -1, 0] // 5 % 2, val_labels.to(torch.uint8))
+        args, (train, val, test) = load("--dataset", "photos", "--image-size", 16)
+        for (images, labels), number in zip((train, val, test), (32, 4, 4), strict=True):
+            self.assertEqual(images.shape, (number, 3, 16, 16))
+            # 5 * i in the lower half; odd i lie in the second folder.
+            identical(images[:, 2, -1, 0] // 5 % 2, labels.to(torch.uint8))
+        self.assertTrue((train[0][:, 0, 0] == 250).all())
+        self.assertEqual(args.image_size, 16)
         write_pictures("grey", colour=False)
-        self.assertEqual(load("--dataset", "grey")[1][0].shape[1:], (1, 32, 32))
+        self.assertEqual(load("--dataset", "grey")[1][0][0].shape[1:], (1, 32, 32))
+
+    def test_linked_folders_are_read_once_broken_links_named_and_hidden_names_left_out(self):
+        write_pictures("elsewhere")
+        Path("photos").mkdir()
+        os.symlink("../elsewhere/a", "photos/a")
+        os.symlink("../photos", "photos/loop")
+        os.symlink("../nowhere", "photos/broken.png")
+        for name in (".ipynb_checkpoints/1.png", ".DS_Store", "._1.png", "b/.hidden.png"):
+            Path("photos", name).parent.mkdir(exist_ok=True)
+            shutil.copy("elsewhere/b/01.png", Path("photos", name))
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            images, labels, _ = common.read_pictures("photos", 8)
+        self.assertEqual((len(images), labels.unique().tolist()), (20, [0]))
+        self.assertRegex(err.getvalue(), "^warning: photos/broken.png is left out .*\n$")
 
     def test_palette_alpha_16_bit_and_rotated_pictures_look_as_in_a_viewer(self):
         pixels = np.zeros((40, 40, 3), dtype=np.uint8)
@@ -474,11 +564,17 @@ class Images(TemporaryFolder):
         picture.convert("P").save("a/8.png")
         picture.convert("RGBA").save("a/9.png")
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 256).save("a/10.png")  # 16 bits
-        Path("a/11.png").write_bytes(b"broken")
+        for mode in ("LA", "RGBA"):  # black; above white shines through to 200 of 255
+            icon = Image.new(mode, (40, 40))
+            icon.putalpha(Image.fromarray(255 - pixels[..., 0]))
+            icon.save(f"a/11{mode}.png")
+        Path("a/broken.png").write_bytes(b"broken")
+        for kind in (np.int32, np.float32):
+            Image.fromarray(pixels[..., 0].astype(kind)).save(f"a/{kind.__name__}.tif")
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            images, _ = common.read_pictures("a", 8)
-        self.assertIn("11.png", err.getvalue())
-        expected = torch.tensor([200.] * 4 + [0] * 4).view(1, 1, 8, 1).expand(10, 1, 8, 8)
+            images, _, _ = common.read_pictures("a", 8)
+        self.assertRegex(err.getvalue(), r"(?s)broken.png.*float32.tif.*mode F.*int32.tif.*mode I ")
+        expected = torch.tensor([200.] * 4 + [0] * 4).view(1, 1, 8, 1).expand(12, 1, 8, 8)
         away = torch.tensor([0, 1, 2, 5, 6, 7])  # from the edge, which JPEG blurs
         assert_close(images.float()[:, :, away], expected[:, :, away], atol=8, rtol=0)
 
@@ -1077,7 +1173,9 @@ class Runs(TemporaryFolder):
                 (gpt, "", "gpt-text", "config.json model.safetensors vocab.json loss.png")):
             out = self.succeed(script, *short_argv(script, 2, *flags.split()))
             self.assertRegex(out.splitlines()[-1], f"^{name}.* -> runs/{name}$")
-            self.assertIn(f"--resume runs/{name}", out.splitlines()[0])
+            opening = out.splitlines()[:3]
+            self.assertIn(f"--resume runs/{name}", opening[-1])
+            self.assertLessEqual(max(map(len, opening)), 80)
             self.assertEqual(sorted(os.listdir(f"runs/{name}")), sorted(
                 f"args.json metrics.jsonl last.pt {own}".split()))
 
@@ -1144,16 +1242,37 @@ class Runs(TemporaryFolder):
             self.refuse(script, *resume_argv(script, other), naming=f"{other}.py")
 
     def test_resuming_a_run_with_changed_data_is_refused(self):
-        write_pictures("photos")
-        self.succeed(vae, *short_argv(vae, 1, "--dataset", "photos", "--out-dir", "vae"))
         self.succeed(gpt, *short_argv(gpt, 1, "--out-dir", "gpt"))
-        shutil.copy("photos/a/00.png", "photos/a/new.png")
         Path("text.txt").write_text("abc" * 999)
-        for script, naming in ((vae, "photos"), (gpt, "text.txt")):
-            argv = resume_argv(script, script.__name__, *length_flags(script, 2))
-            status, _, err = run_script(script, *argv)
-            self.assertEqual(status, 2)
-            self.assertIn(naming, err.splitlines()[-1])
+        write_pictures("photos")
+        argv = short_argv(vae, 1, "--dataset", "photos", "--out-dir", "vae")
+        self.succeed(vae, *argv)
+        argv = resume_argv(vae, "vae", *length_flags(vae, 2))
+        for source, target in (("a/00.png", "a/new.png"), ("a/02.png", "b/02.png"),
+                               ("a/04.png", "a/44.png")):  # one more, moved, renamed
+            shutil.copytree("photos", "changed")
+            shutil.move(f"changed/{source}", f"changed/{target}")
+            if target == "a/new.png":
+                shutil.copy("photos/a/00.png", "changed/a")
+            self.refuse(vae, *argv, "--dataset", "changed", naming="changed")
+            shutil.rmtree("changed")
+        self.refuse(vae, *argv, "--dataset", "glyphs", naming="--dataset glyphs")
+        shutil.move("photos", "elsewhere")
+        self.refuse(vae, *argv, naming="photos")
+        self.succeed(vae, *argv, "--dataset", "elsewhere")
+        status, _, err = run_script(gpt, *resume_argv(gpt, "gpt", *length_flags(gpt, 2)))
+        self.assertEqual(status, 2)
+        self.assertIn("text.txt", err.splitlines()[-1])
+
+    def test_a_run_goes_on_behind_its_last_checkpoint_even_if_fewer_epochs_have_a_row(self):
+        for script in (vae, aae):
+            self.succeed(script, *short_argv(script, 2, "--out-dir", script.__name__))
+            path = f"{script.__name__}/last.pt"
+            checkpoint = torch.load(path)
+            del checkpoint["rows"][1]
+            torch.save(checkpoint, path)
+            self.succeed(script, *resume_argv(script, script.__name__, *length_flags(script, 3)))
+            self.assertEqual([row["epoch"] for row in read_rows(script.__name__)], [1, 3])
 
     def test_wrong_values_are_answered_in_one_line(self):
         Path("a_file").touch()
@@ -1176,11 +1295,15 @@ class Runs(TemporaryFolder):
                             naming=named.get(flag, flag))
 
     def test_a_run_that_diverges_stops_before_its_weights_are_saved(self):
-        for script in SHORT:
-            argv = short_argv(script, 1, "--out-dir", "a", *with_rate(script, 1e9))
+        one_step = ["--batch-size", 300]  # finite weights may have infinite losses
+        for script, rate, more in ((vae, 1e9, []), (aae, 1e9, []), (gpt, 1e9, []),
+                                   (vae, 1e3, one_step), (aae, 1e3, one_step)):
+            argv = short_argv(script, 1, *more, "--out-dir", "a", *with_rate(script, rate))
             status, _, err = run_script(script, *argv)
             self.assertEqual((status, len(err.splitlines())), (2, 1), err)
-            self.assertFalse(Path("a/last.pt").exists())
+            self.assertIn("lower learning rate", err)
+        files = {path.name for path in Path().glob("a*/*")}
+        self.assertEqual(files, {"args.json", "vocab.json"})
 
     def test_each_epoch_has_other_random_numbers(self):
         for script, column in ((vae, "train_rec"), (aae, "disc_loss")):
@@ -1217,9 +1340,9 @@ class Runs(TemporaryFolder):
         for lam, low, high in ((0.995, 0, 3), (1, 4, 1000)):
             self.succeed(aae, *short_argv(aae, 6, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
                                      "--num-filters", 8, "--lam", lam, "--out-dir", f"lam{lam}"))
-            test = json.loads(Path(f"lam{lam}/test.json").read_text())
-            self.assertLess(test["test_mse"], 0.18)  # 0.22: the mean of all images
-            self.assertTrue(low < test["val_distance"] < high, test)
+            row = read_rows(f"lam{lam}")[-1]
+            self.assertLess(row["val_mse"], 0.18)  # 0.22: the mean of all images
+            self.assertTrue(low < row["val_distance"] < high, row)
 
     def test_each_phase_of_an_aae_step_updates_only_its_own_networks(self):
         torch.manual_seed(42)
@@ -1308,14 +1431,18 @@ class CopiedCode(TemporaryFolder):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self.own = nn.ParameterList(map(torch.ones, ((), (2, 2), (1, 2, 2))))
+                self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+                self.unused = nn.Parameter(torch.ones(2, 2))
 
             def forward(self, *inputs):
                 self.modes.add((self.training, torch.is_grad_enabled()))
-                factor = math.prod(weight.mean() for weight in self.own)
+                factor = math.prod(weight.mean() for weight in [*self.own, self.frozen])
                 return [factor * result for result in super().forward(*inputs)]
 
         write_text("text.txt")
         for script, name, flags in ((vae, "VAE", ""), (aae, "AdversarialAE", ""),
+                                    (vae, "VAE", "--optimizer adam"),
+                                    (aae, "AdversarialAE", "--optimizer adam"),
                                     (gpt, "GPT", "--optimizer muon"),
                                     (gpt, "GPT", "--optimizer adamw")):
             changed = type(name, (Changed, getattr(script, name)), {"modes": set()})
@@ -1327,10 +1454,35 @@ class CopiedCode(TemporaryFolder):
             still, moved = (torch.load(f"{name}{flags}-{run}/last.pt") for run in (
                 "still", "moved"))
             for weight, before in still["model"].items():
-                self.assertTrue((moved["model"][weight] != before).any(), weight)
+                self.assertEqual(bool((moved["model"][weight] != before).any()),
+                                 weight not in ("frozen", "unused"), weight)
             groups = [group for o in moved["optimizers"] for group in o["param_groups"]]
             self.assertEqual(sum(len(group["params"]) for group in groups), len(moved["model"]))
             self.assertEqual(changed.modes, {(True, True), (False, False)})
+
+    def test_a_renamed_discriminator_and_a_second_one_are_trained_by_phase_2_alone(self):
+        source = (HERE / "aae.py").read_text(encoding="utf-8")
+        for old, new in (
+                ("self.discriminator = Discriminator(z_dim)",
+                 "self.discriminator, self.second = Discriminator(z_dim), Discriminator(z_dim)"),
+                ("[*model.discriminator.parameters()]",
+                 "[*model.discriminator.parameters(), *model.second.parameters()]"),
+                ("self.discriminator(z)", "(self.discriminator(z) + self.second(z))")):
+            self.assertIn(old, source)
+            source = source.replace(old, new)
+        copy = {"__name__": "copy"}
+        exec(re.sub(r"\.discriminator\b", ".critic", source), copy)
+        first = {}
+        for run, rates in (("still", "--ae-lr 0 --d-lr 0"), ("phase1", "--d-lr 0"),
+                           ("phase2", "--ae-lr 0")):
+            with contextlib.redirect_stdout(io.StringIO()):
+                copy["save_pictures"] = copy["common"].save_curves = lambda *_, **__: None
+                copy["main"]([*IMAGES.split(), "--epochs", "1", "--out-dir", run, *rates.split()])
+            weights = torch.load(f"{run}/last.pt")["model"]
+            moved = {name.split(".")[0] for name in first if (weights[name] != first[name]).any()}
+            first = first or weights
+            self.assertEqual(moved, {"still": set(), "phase1": {"encoder", "decoder"},
+                                     "phase2": {"critic", "second"}}[run])
 
 
 class Readme(TemporaryFolder):
