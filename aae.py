@@ -1,7 +1,7 @@
 """An adversarial autoencoder (Makhzani et al., 2015, arXiv:1511.05644).
 
-    An encoder E turns images x into codes, a decoder R turns codes into reconstructions. D(z), by
-    the discriminator, is the probability that z is a draw from the prior N(0, I), not a code:
+    An encoder E turns images x into codes, a decoder R turns codes into reconstructions. D(z) is
+    the discriminator's probability that z is a draw from the prior N(0, I), and not a code:
 
     min_{E,R}  lambda mean (x - R(E(x)))^2
                + (1 - lambda) max_D ( mean_z log D(z) + mean_x log(1 - D(E(x))) )
@@ -15,7 +15,7 @@
 
 The algorithm is everything down to AdversarialAE, and train_step in main; the rest is a distance,
 speed, files and pictures. Q2.1, Q2.2, ... mark answers to the questions of the University of
-Amsterdam's Deep Learning Practical 3 (2023). Shapes: B images in a batch, C channels of H x W.
+Amsterdam's Deep Learning Practical 3 (2023). Shapes: N images, B in a batch, C channels of H x W.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def to_float(images):
 
 
 def sample_prior(n, z_dim, device):
-    """Draw n codes from the prior, N(0, I). -> [n, z_dim]. (Another prior goes here: by torch's own
-    draws, because a CUDA graph cannot record a tensor that is made of Python numbers.)"""
+    """Draw n codes from the prior, N(0, I). -> [n, z_dim]. (If you change it, use draws of torch,
+    such as randn and randint: a CUDA graph records them, but no torch.tensor([...]).)"""
     return torch.randn(n, z_dim, device=device)
 
 
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
     - "deterministic": a point mass at E(x), so all randomness of q(z) comes from the data.
     - "gaussian": N(mean(x), diag(std(x)^2)), so q(z) is a mixture of Gaussians.
-    - "universal": the mean over noise of a point mass at E(x, noise), so it may have any shape.
+    - "universal": the mean over noise of a point mass at E(x, noise), so its shape is learned.
 
     Q2.7: images have fewer degrees of freedom than a large z has dimensions. So deterministic codes
     lie on a thin set that cannot fill N(0, I); noise makes it thicker. (The distance below does not
@@ -87,11 +87,11 @@ class Encoder(nn.Module):
         if self.posterior == "universal":
             noise = torch.randn(len(h), self.noise_dim, device=h.device, dtype=h.dtype)
             h = torch.cat([h, noise], 1)
-        out = self.out(h).float()  # losses, exp and noise need more than train_step's 16 bits
+        out = self.out(h).float()  # layers may give 16 bits (see train_step); losses need more
         if self.posterior != "gaussian":
             return out
         mean, log_std = out.chunk(2, dim=1)  # [B, z_dim] each
-        # tanh keeps log std in -5..5, so exp cannot overflow; unlike clamp it always has a slope.
+        # tanh keeps log std in -5..5, so exp cannot overflow; unlike clamp it keeps a slope.
         return mean + torch.exp(5 * torch.tanh(log_std / 5)) * torch.randn_like(mean)
 
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
         half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # A stride of 2 makes 2s - 1 of size s, or 2s with output_padding=1: 4 -> 7 -> 14 -> 28.
+        # Size s becomes 2s - 1, or 2s with output_padding=1 if an even size is wanted.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.ReLU(),
             nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
@@ -141,7 +141,7 @@ class AdversarialAE(nn.Module):
         self.encoder = Encoder(z_dim, posterior, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
         self.discriminator = Discriminator(z_dim)
-        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, in all layers
+        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain
         for layer in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
@@ -164,10 +164,10 @@ class AdversarialAE(nn.Module):
         x, recon [B, C, H, W], z [B, z_dim], 0 <= lam <= 1; the results are means over the batch.
         rec is the squared error per pixel; gen, in nats, is low if codes fool the discriminator.
 
-        Q2.2: a GAN may draw only a few kinds of images. Here each kind that is missing raises rec.
-        Q2.3a, the objective's terms: encoder and decoder lower the squared error. The discriminator
-        raises both others: log D(z), of the prior's draws, on which it acts alone, and
-        log(1 - D(E(x))), of the codes, which the encoder lowers.
+        Q2.2: a GAN may draw only a few kinds of images. Here a kind that is not learned raises rec.
+        Q2.3a: encoder and decoder lower the squared error. The discriminator raises log D(z), of
+        the prior's draws; no other network acts on it. The discriminator raises log(1 - D(E(x))),
+        of the codes, and the encoder lowers it.
         Q2.3b: lambda 1 ignores the codes' distribution, lambda 0 ignores the reconstruction. If D
         can only guess, gen is ln 2 = 0.69; a trained model's rec is a few hundredths. So lambda has
         to be close to 1. (With a sum over pixels, not a mean, the same balance has another lambda.)
@@ -188,8 +188,8 @@ class AdversarialAE(nn.Module):
         """
         real = self.discriminator(sample_prior(*z.shape, z.device))  # [B, 1]
         fake = self.discriminator(z)
-        # The objective's two terms with D, negated. The factor 1/2 does not change the best D.
-        loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))  # -log D(z)
+        # The mean of -log D(real) and -log(1 - D(fake)), computed from their logits
+        loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
         return loss, accuracy
@@ -217,8 +217,8 @@ def sliced_wasserstein(a, b, num_projections=50):
 @torch.no_grad()
 def evaluate(model, images):
     """uint8 images [N, C, H, W] -> mean squared error per pixel, and the distance of their codes to
-    the prior, in units of the distance between two sets of N draws of the prior: best is near 1.
-    Sets torch's seed, so the noise is the same each time."""
+    the prior, in units of the distance between two sets of draws of the prior: best is near 1. Sets
+    torch's seed, so the noise is the same each time. (Each epoch of training sets its own seed.)"""
     torch.manual_seed(0)
     squared_error, codes = 0, []
     for part in images.split(100):
@@ -226,12 +226,12 @@ def evaluate(model, images):
         recon, z = model(x)
         squared_error += F.mse_loss(recon, x) * len(x)
         codes.append(z)
-    codes = torch.cat(codes).cpu().double()
+    codes = torch.cat(codes)[:6000].cpu().double()  # the unit shrinks as their number grows
     distance, unit = 0, 0
-    for _ in range(4):  # with other draws each time, for a more exact mean
-        draws, others = sample_prior(2 * len(codes), codes.shape[1], "cpu").double().chunk(2)
-        distance += sliced_wasserstein(codes, draws)
-        unit += sliced_wasserstein(others, draws)
+    for _ in range(4):  # new sets each time, for a more exact mean
+        first, second = sample_prior(2 * len(codes), codes.shape[1], "cpu").double().chunk(2)
+        distance += sliced_wasserstein(codes, first)
+        unit += sliced_wasserstein(second, first)
     return (squared_error / len(images)).item(), distance / unit
 
 
@@ -240,14 +240,14 @@ def evaluate(model, images):
 
 @torch.no_grad()
 def save_pictures(model, images, labels, run, epoch):
-    """Save pictures for Q2.4 to Q2.7 in the folder `run`: samples, reconstructions of ten of the
-    images (uint8 [N, C, H, W]), all codes, and if z has two dimensions images decoded from a grid.
-    labels: [N]. The circles among the codes, and the grid, are those of N(0, I)."""
+    """Save pictures for Q2.4 to Q2.7 in the folder `run`: samples, ten reconstructions, codes with
+    circles of N(0, I), and if z has two dimensions images decoded at the quantiles of N(0, I).
+    images: uint8 [N, C, H, W]; labels: [N]"""
     torch.manual_seed(0)  # the same latents each time, so that epochs can be compared
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", (model.sample(64) + 1) / 2,
                        columns=8)
     spread = torch.linspace(0, len(labels) - 1, min(10, len(labels))).long()
-    originals = to_float(images[labels.argsort(stable=True)[spread]])  # one of each of ten classes
+    originals = to_float(images[labels.argsort(stable=True)[spread]])  # ten classes: one of each
     both = torch.cat([originals, model(originals)[0]])
     common.save_images(run / f"reconstructions_epoch_{epoch:03d}.png", (both + 1) / 2,
                        columns=len(originals))
@@ -272,12 +272,12 @@ def main(argv=None):
     add("--lam", type=number(float, 0, 1), default=0.995, help="weight of the reconstruction")
     add("--ae-lr", type=number(float, 0), default=3e-3, help="highest rate of encoder and decoder")
     add("--d-lr", type=number(float, 0), default=5e-4, help="highest rate of the discriminator")
-    common.add_image_flags(parser, batch_size=64)  # --epochs --optimizer --dataset --image-size
+    common.add_image_flags(parser, batch_size=64)  # and --epochs --optimizer --dataset --image-size
     common.add_run_flags(parser)  # --limit --seed --device --no-amp --data-dir --out-dir --resume
-    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
+    # With --resume, args are the run's, and checkpoint what its last.pt holds; else it is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={"epochs", "ae_lr", "d_lr"})
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)  # float32 or bfloat16
-    # uint8 images [N, C, H, W] and labels [N], which this model needs only for plots
+    # uint8 images [N, C, H, W] and, here only for plots, labels [N]; this sets args.image_size, too
     (train, train_labels), (val, val_labels), (test, test_labels) = common.load_images(args, device)
 
     # -- Model and optimizers -----------------------------------------------------------------
@@ -287,28 +287,28 @@ def main(argv=None):
     # channels_last is fastest for convolutions, but wrong on MPS (pytorch issue 140902).
     layout = torch.channels_last if device.type != "mps" else torch.contiguous_format
     model = AdversarialAE(**config).to(device, memory_format=layout)
-    # Phase 2 trains the first list, in which a second adversary belongs, phase 1 all the others.
+    # Phase 2 of a step trains the first (add another adversary here, if you have one), phase 1 the
+    # rest. Of the rest Muon is for matrices and kernels (see common.py), Adam for all that is left.
     d_parameters = [*model.discriminator.parameters()]
-    ae_parameters = [p for p in model.parameters() if p not in set(d_parameters)]
-    # Of these Muon is for matrices and kernels (see common.py), Adam for all that is left.
-    matrices = [p for p in ae_parameters if p.dim() in (2, 4) and args.optimizer == "muon"]
+    ae_parameters = [p for p in model.parameters() if p not in set(d_parameters)]  # by identity
+    matrices = [p for p in ae_parameters if args.optimizer == "muon" and p.dim() in (2, 4)]
     others = [p for p in ae_parameters if p not in set(matrices)]
-    # For common.cuda_graph the rates are tensors, which the loop fills, and Adam is capturable.
+    # common.cuda_graph needs rates in tensors, which the loop below fills, and capturable=True.
     ae_lr, d_lr = torch.zeros((), device=device), torch.zeros((), device=device)
     adam = dict(fused=True, capturable=True)
-    # beta1 0.5 is usual for a discriminator (Radford et al., 2016): its task keeps changing.
+    # beta1 0.5 is usual for adversaries (Radford et al., 2016, arXiv:1511.06434).
     d_optimizer = torch.optim.Adam(d_parameters, d_lr, betas=(0.5, 0.99), **adam)
     ae_optimizers = [torch.optim.Adam(others, ae_lr, betas=(0.9, 0.99), **adam)]
     if matrices:
         ae_optimizers.append(common.Muon(matrices, ae_lr, weight_decay=0.1))
     optimizers = [d_optimizer, *ae_optimizers]
-    rows, done = [], 0  # the results, one dict per epoch, and the epochs that are done
+    rows, done = [], 0  # the results, one dict per epoch, and the number of epochs
     if checkpoint:
         rows, done = checkpoint["rows"], checkpoint["epoch"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-            for group in optimizer.param_groups:  # in place of the saved rate
+            for group in optimizer.param_groups:  # load_state_dict put other tensors there
                 group["lr"] = d_lr if optimizer is d_optimizer else ae_lr
 
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
@@ -325,13 +325,13 @@ def main(argv=None):
         save_pictures(model.eval(), val, val_labels, run, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
-    # On CUDA this Python runs only for the first batches of a shape. Then its kernels are replayed
-    # with new noise, while numbers and branches are frozen: what changes (lambda, an average of the
-    # weights) must be a tensor that is assigned in place (fill_, copy_), not self.x = ...
+    # If you change this step: on CUDA its Python runs for the first batches only, then the recorded
+    # GPU work is repeated, with new noise; Python numbers, branches and self.x = ... are frozen. A
+    # lambda that changes, or an average of weights, must be a tensor that is set by fill_ or copy_.
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # One step for both, as in the practical's template; its text and the paper take two.
+        # One step for both aims, like the practical's template; its text and the paper take two.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
@@ -361,7 +361,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # Rates rise in the first tenth of all epochs, then fall to 0; more epochs lift them.
+            # Rates rise in the first tenth of all epochs, then fall to 0.
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             scale = min(progress / 0.1, (1 - progress) / 0.9)
             ae_lr.fill_(args.ae_lr * scale)

@@ -1,4 +1,4 @@
-"""What the three scripts share: the device, the optimizer Muon, images, files, flags and plots.
+"""What vae.py, aae.py and gpt.py share: the device, an optimizer, images, files, flags and plots.
 Read vae.py first, and come here for a name that it does not define."""
 
 import argparse
@@ -44,7 +44,7 @@ def cuda_graph(step):
     replay them with a single launch: small kernels take longer to launch than to compute.
 
     step returns a tensor, and must not read a value back to the CPU, as .item() does. Its Python
-    runs in four calls only, so numbers and branches are frozen. Anything kept between calls
+    runs in these four calls only; then numbers and branches are frozen. Anything kept between calls
     (weights, optimizer state, the learning rate) must be a CUDA tensor that is updated in place.
     """
     calls, graphs = {}, {}  # both by the tensors' shapes
@@ -69,7 +69,7 @@ def cuda_graph(step):
 
 def orthogonalize(x):
     """U V^T, nearly, for a matrix x = U S V^T [rows, columns]. Five steps of Newton and Schulz's
-    iteration with Jordan's coefficients keep the singular vectors. They bring most singular values
+    iteration with Jordan's coefficients keep the singular vectors, and bring most singular values
     to between 0.7 and 1.2."""
     tall = x.size(0) > x.size(1)
     x = x.mT if tall else x  # [short, long]: the products below are small
@@ -83,8 +83,8 @@ def orthogonalize(x):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates: all directions of a matrix get steps of the same size
     (Jordan et al., 2024, kellerjordan.github.io/posts/muon). Updates are scaled to the size of
-    Adam's, so Adam's learning rates fit (Liu et al., 2025, arXiv:2502.16982). A kernel [out, in,
-    3, 3] counts as a matrix [out, in * 9]. A parameter with three dimensions is none: give it to
+    Adam's, so Adam's learning rates fit (Liu et al., 2025, arXiv:2502.16982). A kernel [n, m,
+    3, 3] counts as a matrix [n, m * 9]. A parameter with three dimensions is no matrix: give it to
     Adam. (torch.optim.Muon takes no kernels, and is in bfloat16, which most CPUs only emulate.)"""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -103,7 +103,7 @@ class Muon(torch.optim.Optimizer):
                 state["mean"].lerp_(weight.grad, 1 - momentum)  # moving average of the gradients
                 update = weight.grad.lerp(state["mean"], momentum)  # Nesterov's momentum
                 update = orthogonalize(update.flatten(1))
-                # Entries of U V^T are about 1 / sqrt(longer side), those of Adam's updates 0.2.
+                # Entries of U V^T are about 1 / sqrt(longer side), those of Adam's updates 0.2
                 update *= group["lr"] * 0.2 * math.sqrt(max(update.shape))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(update.view_as(weight))
@@ -176,7 +176,7 @@ def read_pictures(folder, size):
     checksum of the files' names and sizes"""
     from PIL import Image, ImageOps
 
-    paths, entered = [], {}  # entered: each real folder -> the path that first led there
+    paths, entered = [], {}  # each real folder, once (links may form a loop) -> the path to it
     for parent, folders, files in os.walk(folder, followlinks=True):
         first = entered.setdefault(os.path.realpath(parent), parent) == parent
         folders[:] = sorted(name for name in folders if first and name[0] != ".")  # not hidden
@@ -207,12 +207,12 @@ def read_pictures(folder, size):
 def load_images(args, device):
     """Read the images of --dataset into memory. -> train, val and test, each a pair on the device:
     uint8 images [N, C, H, W], and their labels, int64 [N]. Puts into args what was read: dataset
-    (no longer "auto"), image_size and checksum. Raises UserError if a run began with others."""
+    (no longer "auto"), image_size, checksum. Raises UserError if a resumed run had other images."""
     generator = torch.Generator().manual_seed(42)  # the same split whatever --seed is
     if args.dataset in DATASETS:
         args.dataset, images, labels = read_dataset(args.dataset, args.data_dir)
         checksum = zlib.crc32(args.dataset.encode())
-        order = torch.cat([torch.randperm(60_000, generator=generator),  # the test set remains
+        order = torch.cat([torch.randperm(60_000, generator=generator),  # test images remain so
                            torch.randperm(10_000, generator=generator) + 60_000])
         sizes = [54_000, 6_000, 10_000]
     else:
@@ -236,7 +236,7 @@ def load_images(args, device):
 
 
 def save(path, write):
-    """Let write(file) fill a temporary file, then rename it to `path`, so this is always whole."""
+    """Let write(file) fill a temporary file, then rename it to `path`, which is always whole."""
     temporary = Path(f"{path}.{os.urandom(8).hex()}.tmp")  # others may save the same file
     try:
         with open(temporary, "wb") as file:
@@ -255,7 +255,7 @@ def write_json(path, *rows, indent=None):
 
 
 def check_finite(model, row):
-    """Raise UserError if a weight is nan (a mask may hold -inf), or a result in the dict `row` nan
+    """Raise UserError if a weight is nan (a buffer may hold inf), or a result in the dict `row` nan
     or inf. Call it before the model and the row are saved."""
     bad = [name for name, tensor in model.state_dict().items() if tensor.isnan().any()]
     bad += [name for name, value in row.items() if not math.isfinite(value)]
@@ -296,7 +296,7 @@ def new_run_folder(path):
 
 def run_script(main):
     """Call main(). A UserError, or an error of the system, ends in one line and status 2."""
-    os.environ["MPLBACKEND"] = "agg"  # one inherited from a notebook breaks matplotlib
+    os.environ["MPLBACKEND"] = "agg"  # the value of a notebook breaks matplotlib
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot, and need not
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     script = Path(sys.argv[0]).name
@@ -322,7 +322,7 @@ def number(kind, low, high=2**31):
 
 
 def absolute_path(text):
-    """An argparse type: a file or folder, ~ being the home folder; "" stays, as if not given."""
+    """An argparse type: an absolute path, of ~ that of the home folder, of "" nothing"""
     return os.path.abspath(os.path.expanduser(text)) if text else ""
 
 
@@ -357,8 +357,8 @@ def add_run_flags(parser):
 
 def parse_args(parser, argv, may_change):
     """-> the arguments, and with --resume the checkpoint last.pt, else None. With --resume the
-    run's own arguments are the defaults. Raises UserError if others than --device, --no-amp,
-    --data-dir, --dataset and those in may_change are given another value."""
+    run's own arguments are the defaults. Raises UserError for another value of any argument but
+    --device, --no-amp, --data-dir, --dataset (the same images) and those in may_change."""
     args = parser.parse_args(argv)
     if args.resume is None:
         return args, None

@@ -11,8 +11,8 @@
 
 The algorithm is everything above test_results, and train_step in main; the rest is speed, files and
 pictures. Q1.1, Q1.2, ... mark answers to the questions of the University of Amsterdam's Deep
-Learning Practical 3 (2023), whose template has --optimizer adam --lr 1e-3 --batch-size 128.
-Shapes: B images in a batch, C channels of H x W pixels, D = z_dim, K = 16 values of a pixel.
+Learning Practical 3 (2023). Its template trains as --optimizer adam --lr 1e-3 --batch-size 128.
+Shapes: N images, B in a batch, C channels of H x W pixels, D = z_dim, K = 16 values of a pixel.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NUM_VALUES = 16  # K, which must divide 256
 
 
 def to_4_bits(images):
-    """Pixels 0..255 -> 0..K - 1, each of them from equally many values."""
+    """Pixels 0..255 -> 0..K - 1. Each new value stands for 256 / K old ones."""
     return images // (256 // NUM_VALUES)
 
 
@@ -94,8 +94,8 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.net(x / (NUM_VALUES - 1))  # 0..15 -> 0..1
-        # float(): the loss needs more than the 16 bits of train_step. tanh keeps log std in -5..5,
-        # so exp cannot overflow; unlike clamp it always has a slope.
+        # float(): layers may give 16 bits (see train_step), and the loss needs more. tanh keeps log
+        # std in -5..5, so exp cannot overflow; unlike clamp it still has a slope near the bounds.
         return self.mean(h).float(), 5 * torch.tanh(self.log_std(h).float() / 5)
 
 
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         super().__init__()
         f, up = num_filters, dict(kernel_size=3, stride=2, padding=1)
         half, fourth, eighth = (math.ceil(image_size / k) for k in (2, 4, 8))  # 14, 7, 4
-        # A stride of 2 makes 2s - 1 of size s, or 2s with output_padding=1: 4 -> 7 -> 14 -> 28.
+        # Size s becomes 2s - 1, or 2s with output_padding=1 if an even size is wanted.
         self.net = nn.Sequential(
             nn.Linear(z_dim, 2 * f * eighth**2), nn.GELU(),
             nn.Unflatten(1, (2 * f, eighth, eighth)),                                        # 4x4
@@ -130,7 +130,7 @@ class VAE(nn.Module):
         self.image_shape = (channels, image_size, image_size)
         self.encoder = Encoder(z_dim, num_filters, channels, image_size)
         self.decoder = Decoder(z_dim, num_filters, channels, image_size)
-        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain, in all layers
+        # Orthogonal weights (Saxe et al., 2014, arXiv:1312.6120) with a ReLU's gain
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
@@ -170,11 +170,12 @@ def log_likelihood(model, x, num_samples, from_prior=False):
     from a proposal r. -> nats per image [B]
 
     By default r(z) is q(z|x): the importance-weighted bound of Burda et al. (2016,
-    arXiv:1509.00519), which for one draw is the lower bound. With from_prior r(z) is p(z), so w is
-    p(x|z). On average both are below log p(x), and come closer with more draws.
+    arXiv:1509.00519); with one draw its mean is the lower bound. With from_prior r(z) is p(z), so w
+    is p(x|z). On average either estimate is below log p(x), and comes closer with more draws.
 
     Q1.2: draws from the prior are inefficient, because few of them explain a given x. About
-    e^KL(p(z|x) || p(z)) are needed, and this KL grows with the number of dimensions that z uses.
+    e^KL(p(z|x) || p(z)) draws are needed (Chatterjee and Diaconis, 2018, arXiv:1511.01437), and
+    this KL grows with the number of dimensions that z uses.
     Q1.3, Q1.4: the lower bound is below log p(x) by KL(q(z|x) || p(z|x)), which is never negative.
     Raising the bound raises log p(x) or narrows this gap.
     """
@@ -195,7 +196,7 @@ def log_likelihood(model, x, num_samples, from_prior=False):
 @torch.no_grad()
 def evaluate(model, images):
     """Means of rec and kl over images [N, C, H, W] -> two floats, nats per image. Sets torch's
-    seed, so the noise is the same each time."""
+    seed, so the noise is the same each time. (Each epoch of training sets its own seed.)"""
     torch.manual_seed(0)
     sums = sum(torch.stack(model(x)) * len(x) for x in images.split(100))
     return (sums / len(images)).tolist()
@@ -230,7 +231,7 @@ def mean_image(logits):
 
 @torch.no_grad()
 def visualize_manifold(decoder, grid_size=20):
-    """Decode a grid of two-dimensional z at the percentiles of N(0, I) (Q1.9); z[0] grows to the
+    """Decode a grid of two-dimensional z at the quantiles of N(0, I) (Q1.9); z[0] grows to the
     right, z[1] upwards. -> images [grid_size**2, C, H, W] in [0, 1], row by row"""
     z = common.prior_grid(grid_size).to(next(decoder.parameters()).device)
     return torch.cat([mean_image(decoder(row)) for row in z.split(grid_size)])  # saves memory
@@ -244,7 +245,7 @@ def save_pictures(model, images, labels, run, epoch):
     samples = model.sample(64) / (NUM_VALUES - 1)
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", samples, columns=8)
     spread = torch.linspace(0, len(labels) - 1, min(10, len(labels))).long()
-    originals = images[labels.argsort(stable=True)[spread]]  # one of each of ten classes
+    originals = images[labels.argsort(stable=True)[spread]]  # ten classes: one of each
     means, _ = model.encoder(originals)
     rebuilt = mean_image(model.decoder(means))  # from the mean of q(z|x)
     common.save_images(run / "reconstructions.png",
@@ -265,12 +266,12 @@ def main(argv=None):
     add("--z-dim", type=number(int, 1), default=20, help="latent dimensions")
     add("--num-filters", type=number(int, 1), default=32, help="channels of the first convolution")
     add("--lr", type=number(float, 0), default=5e-3, help="highest learning rate")
-    common.add_image_flags(parser, batch_size=64)  # --epochs --optimizer --dataset --image-size
+    common.add_image_flags(parser, batch_size=64)  # and --epochs --optimizer --dataset --image-size
     common.add_run_flags(parser)  # --limit --seed --device --no-amp --data-dir --out-dir --resume
-    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
+    # With --resume, args are the run's, and checkpoint what its last.pt holds; else it is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={"epochs", "lr"})
     device, dtype = common.pick_device(args.device, amp=not args.no_amp)  # float32 or bfloat16
-    # uint8 images [N, C, H, W] and labels [N], which this model needs only for plots
+    # uint8 images [N, C, H, W] and, here only for plots, labels [N]; this sets args.image_size, too
     (train, train_labels), (val, val_labels), (test, test_labels) = common.load_images(args, device)
     train, val, test = to_4_bits(train), to_4_bits(val), to_4_bits(test)
 
@@ -282,21 +283,22 @@ def main(argv=None):
     layout = torch.channels_last if device.type != "mps" else torch.contiguous_format
     model = VAE(**config).to(device, memory_format=layout)
     # Muon is for matrices and kernels (see common.py), Adam for all that is left, such as biases.
-    matrices = [p for p in model.parameters() if p.dim() in (2, 4) and args.optimizer == "muon"]
-    others = [p for p in model.parameters() if p not in set(matrices)]
-    # For common.cuda_graph the rate is a tensor, which the loop fills, and Adam is capturable.
+    muon = args.optimizer == "muon"
+    matrices = [p for p in model.parameters() if muon and p.dim() in (2, 4)]
+    others = [p for p in model.parameters() if p not in set(matrices)]  # sets compare identities
+    # common.cuda_graph needs the rate in a tensor, which the loop below fills, and capturable=True.
     lr = torch.zeros((), device=device)
     optimizers = [torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=True, capturable=True)]
     if matrices:
         optimizers.append(common.Muon(matrices, lr, weight_decay=0.05))
-    rows, done = [], 0  # the results, one dict per epoch, and the epochs that are done
+    rows, done = [], 0  # the results, one dict per epoch, and the number of epochs
     if checkpoint:
         rows, done = checkpoint["rows"], checkpoint["epoch"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
-                group["lr"] = lr  # in place of the saved one
+                group["lr"] = lr  # load_state_dict put another tensor there
 
     name = f"vae-z{args.z_dim}"
     if args.dataset != "mnist":
@@ -310,9 +312,9 @@ def main(argv=None):
         save_pictures(model.eval(), val, val_labels, run, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
-    # On CUDA this Python runs only for the first batches of a shape. Then its kernels are replayed
-    # with new noise, while numbers and branches are frozen: what changes (a KL weight, an average
-    # of the weights) must be a tensor that is assigned in place (fill_, copy_), not self.x = ...
+    # If you change this step: on CUDA its Python runs for the first batches only, then the recorded
+    # GPU work is repeated, with new noise; Python numbers, branches and self.x = ... are frozen. A
+    # growing KL weight, or an average of weights, must be a tensor that is set by fill_ or copy_.
     def train_step(indices):
         x = train[indices]  # [B, C, H, W]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -335,7 +337,7 @@ def main(argv=None):
         batches = torch.randperm(len(train)).to(device).split(args.batch_size)
         bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", disable=None, leave=False)
         for step, indices in enumerate(bar):
-            # The rate rises in the first tenth of all epochs, then falls to 0; more epochs lift it.
+            # The rate rises in the first tenth of all epochs, then falls to 0.
             progress = (epoch - 1 + (step + 0.5) / len(batches)) / args.epochs
             lr.fill_(args.lr * min(progress / 0.1, (1 - progress) / 0.9))
             sums += train_step(indices) * len(indices)
