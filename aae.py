@@ -37,8 +37,8 @@ def to_float(images):
 
 
 def sample_prior(n, z_dim, device):
-    """Draw n codes from the prior, N(0, I). -> [n, z_dim]. (If you change it, use draws of torch,
-    such as randn and randint: a CUDA graph records them, but no torch.tensor([...]).)"""
+    """Draw n codes from the prior, N(0, I). -> [n, z_dim]. (Make another prior of torch.randn,
+    torch.randint and the like. A CUDA graph records these, but not torch.tensor([...]).)"""
     return torch.randn(n, z_dim, device=device)
 
 
@@ -57,8 +57,8 @@ class Encoder(nn.Module):
     - "universal": the mean over noise of a point mass at E(x, noise), so its shape is learned.
 
     Q2.7: images have fewer degrees of freedom than a large z has dimensions. So deterministic codes
-    lie on a thin set that cannot fill N(0, I); noise makes it thicker. (The distance below does not
-    show this: projected on a line, codes on a thin set can look Gaussian.)
+    lie on a thin set that cannot fill N(0, I); noise makes it thicker. (The distance that evaluate
+    measures cannot see this: projected on a line, a thin set looks nearly Gaussian.)
     """
 
     def __init__(self, z_dim=8, posterior="deterministic", num_filters=32, channels=1,
@@ -147,7 +147,7 @@ class AdversarialAE(nn.Module):
                 nn.init.orthogonal_(layer.weight, 2**0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        # Measured on MNIST, whose pixels are mostly -1: with a bias of 0 the first steps push the
+        # Measured on MNIST, whose pixels are mostly -1: if this bias is 0, the first steps push the
         # outputs to where tanh is flat, and 5 of 6 seeds never recovered; with -1 all learned.
         nn.init.constant_(self.decoder.net[-1].bias, -1)
 
@@ -164,10 +164,10 @@ class AdversarialAE(nn.Module):
         x, recon [B, C, H, W], z [B, z_dim], 0 <= lam <= 1; the results are means over the batch.
         rec is the squared error per pixel; gen, in nats, is low if codes fool the discriminator.
 
-        Q2.2: a GAN may draw only a few kinds of images. Here a kind that is not learned raises rec.
-        Q2.3a: encoder and decoder lower the squared error. The discriminator raises log D(z), of
-        the prior's draws; no other network acts on it. The discriminator raises log(1 - D(E(x))),
-        of the codes, and the encoder lowers it.
+        Q2.2: against mode collapse, each kind of images must be reconstructed, or rec grows.
+        Q2.3a: encoder and decoder lower the squared error. The discriminator raises log D of the
+        prior's draws; no other network acts on it. The discriminator raises log(1 - D) of the
+        codes; the encoder lowers it.
         Q2.3b: lambda 1 ignores the codes' distribution, lambda 0 ignores the reconstruction. If D
         can only guess, gen is ln 2 = 0.69; a trained model's rec is a few hundredths. So lambda has
         to be close to 1. (With a sum over pixels, not a mean, the same balance has another lambda.)
@@ -217,8 +217,8 @@ def sliced_wasserstein(a, b, num_projections=50):
 @torch.no_grad()
 def evaluate(model, images):
     """uint8 images [N, C, H, W] -> mean squared error per pixel, and the distance of their codes to
-    the prior, in units of the distance between two sets of draws of the prior: best is near 1. Sets
-    torch's seed, so the noise is the same each time. (Each epoch of training sets its own seed.)"""
+    the prior, divided by that of two sets of the prior's draws: near 1 is a match. Sets torch's
+    seed, so the noise is the same each time. (Each epoch of training sets its own seed.)"""
     torch.manual_seed(0)
     squared_error, codes = 0, []
     for part in images.split(100):
@@ -226,9 +226,9 @@ def evaluate(model, images):
         recon, z = model(x)
         squared_error += F.mse_loss(recon, x) * len(x)
         codes.append(z)
-    codes = torch.cat(codes)[:6000].cpu().double()  # the unit shrinks as their number grows
+    codes = torch.cat(codes)[:6000].cpu().double()  # more would have a smaller divisor
     distance, unit = 0, 0
-    for _ in range(4):  # new sets each time, for a more exact mean
+    for _ in range(4):  # pairs of sets, for a more exact mean
         first, second = sample_prior(2 * len(codes), codes.shape[1], "cpu").double().chunk(2)
         distance += sliced_wasserstein(codes, first)
         unit += sliced_wasserstein(second, first)
@@ -247,7 +247,7 @@ def save_pictures(model, images, labels, run, epoch):
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", (model.sample(64) + 1) / 2,
                        columns=8)
     spread = torch.linspace(0, len(labels) - 1, min(10, len(labels))).long()
-    originals = to_float(images[labels.argsort(stable=True)[spread]])  # ten classes: one of each
+    originals = to_float(images[labels.argsort(stable=True)[spread]])  # one of each class
     both = torch.cat([originals, model(originals)[0]])
     common.save_images(run / f"reconstructions_epoch_{epoch:03d}.png", (both + 1) / 2,
                        columns=len(originals))
@@ -287,8 +287,8 @@ def main(argv=None):
     # channels_last is fastest for convolutions, but wrong on MPS (pytorch issue 140902).
     layout = torch.channels_last if device.type != "mps" else torch.contiguous_format
     model = AdversarialAE(**config).to(device, memory_format=layout)
-    # Phase 2 of a step trains the first (add another adversary here, if you have one), phase 1 the
-    # rest. Of the rest Muon is for matrices and kernels (see common.py), Adam for all that is left.
+    # If you add an adversary, add its parameters to d_parameters; all others are ae_parameters. Of
+    # these Muon is for matrices and kernels (see common.py), Adam for all that is left.
     d_parameters = [*model.discriminator.parameters()]
     ae_parameters = [p for p in model.parameters() if p not in set(d_parameters)]  # by identity
     matrices = [p for p in ae_parameters if args.optimizer == "muon" and p.dim() in (2, 4)]
@@ -308,7 +308,7 @@ def main(argv=None):
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-            for group in optimizer.param_groups:  # load_state_dict put other tensors there
+            for group in optimizer.param_groups:  # load_state_dict has replaced the rates
                 group["lr"] = d_lr if optimizer is d_optimizer else ae_lr
 
     name = f"aae-z{args.z_dim}-lam{args.lam:g}"
@@ -326,12 +326,12 @@ def main(argv=None):
 
     # -- Training -----------------------------------------------------------------------------
     # If you change this step: on CUDA its Python runs for the first batches only, then the recorded
-    # GPU work is repeated, with new noise; Python numbers, branches and self.x = ... are frozen. A
+    # GPU work is repeated, with new noise. Python numbers, branches and model.x = ... are frozen. A
     # lambda that changes, or an average of weights, must be a tensor that is set by fill_ or copy_.
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # One step for both aims, like the practical's template; its text and the paper take two.
+        # One step for both aims, as in the practical's template. (The paper takes a step for each.)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)

@@ -245,7 +245,7 @@ def save_pictures(model, images, labels, run, epoch):
     samples = model.sample(64) / (NUM_VALUES - 1)
     common.save_images(run / f"samples_epoch_{epoch:03d}.png", samples, columns=8)
     spread = torch.linspace(0, len(labels) - 1, min(10, len(labels))).long()
-    originals = images[labels.argsort(stable=True)[spread]]  # ten classes: one of each
+    originals = images[labels.argsort(stable=True)[spread]]  # one of each class
     means, _ = model.encoder(originals)
     rebuilt = mean_image(model.decoder(means))  # from the mean of q(z|x)
     common.save_images(run / "reconstructions.png",
@@ -298,7 +298,7 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
-                group["lr"] = lr  # load_state_dict put another tensor there
+                group["lr"] = lr  # load_state_dict has replaced it
 
     name = f"vae-z{args.z_dim}"
     if args.dataset != "mnist":
@@ -313,7 +313,7 @@ def main(argv=None):
 
     # -- Training -----------------------------------------------------------------------------
     # If you change this step: on CUDA its Python runs for the first batches only, then the recorded
-    # GPU work is repeated, with new noise; Python numbers, branches and self.x = ... are frozen. A
+    # GPU work is repeated, with new noise. Python numbers, branches and model.x = ... are frozen. A
     # growing KL weight, or an average of weights, must be a tensor that is set by fill_ or copy_.
     def train_step(indices):
         x = train[indices]  # [B, C, H, W]
