@@ -44,8 +44,8 @@ def cuda_graph(step):
     replay them with a single launch: small kernels take longer to launch than to compute.
 
     step returns a tensor, and must not read a value back to the CPU, as .item() does. Its Python
-    runs in these four calls only; then numbers and branches are frozen. Anything kept between calls
-    (weights, optimizer state, the learning rate) must be a CUDA tensor that is updated in place.
+    runs in the first four calls only; then numbers and branches are frozen. What it keeps between
+    calls (weights, the learning rate) must be in CUDA tensors that are updated in place.
     """
     calls, graphs = {}, {}  # both by the tensors' shapes
 
@@ -212,7 +212,7 @@ def load_images(args, device):
     if args.dataset in DATASETS:
         args.dataset, images, labels = read_dataset(args.dataset, args.data_dir)
         checksum = zlib.crc32(args.dataset.encode())
-        order = torch.cat([torch.randperm(60_000, generator=generator),  # test images remain so
+        order = torch.cat([torch.randperm(60_000, generator=generator),  # shuffles each part
                            torch.randperm(10_000, generator=generator) + 60_000])
         sizes = [54_000, 6_000, 10_000]
     else:
@@ -220,7 +220,7 @@ def load_images(args, device):
         order = torch.randperm(len(images), generator=generator)
         tenth = len(images) // 10
         sizes = [len(images) - 2 * tenth, tenth, tenth]
-    if getattr(args, "checksum", checksum) != checksum:  # of a run that goes on
+    if getattr(args, "checksum", checksum) != checksum:  # of a resumed run
         raise UserError(f"--dataset {args.dataset}: not the images with which the run began")
     if args.image_size not in (None, images.shape[-1]):
         raise UserError(f"--image-size is for own pictures; {args.dataset} has 28 x 28 pixels")
@@ -255,8 +255,8 @@ def write_json(path, *rows, indent=None):
 
 
 def check_finite(model, row):
-    """Raise UserError if a weight is nan (a buffer may hold inf), or a result in the dict `row` nan
-    or inf. Call it before the model and the row are saved."""
+    """Raise UserError if a weight is nan (masks may have inf), or a result in the dict `row` nan or
+    inf. Call it before the model and the row are saved."""
     bad = [name for name, tensor in model.state_dict().items() if tensor.isnan().any()]
     bad += [name for name, value in row.items() if not math.isfinite(value)]
     if bad:
@@ -322,7 +322,7 @@ def number(kind, low, high=2**31):
 
 
 def absolute_path(text):
-    """An argparse type: an absolute path, of ~ that of the home folder, of "" nothing"""
+    """An argparse type: the absolute path of a file or folder, also of ~/name; "" stays as it is"""
     return os.path.abspath(os.path.expanduser(text)) if text else ""
 
 

@@ -11,7 +11,7 @@
 
 The algorithm is everything above test_results, and train_step in main; the rest is speed, files and
 pictures. Q1.1, Q1.2, ... mark answers to the questions of the University of Amsterdam's Deep
-Learning Practical 3 (2023). Its template trains as --optimizer adam --lr 1e-3 --batch-size 128.
+Learning Practical 3 (2023); --optimizer adam --lr 1e-3 --batch-size 128 are of its template.
 Shapes: N images, B in a batch, C channels of H x W pixels, D = z_dim, K = 16 values of a pixel.
 """
 
@@ -285,7 +285,7 @@ def main(argv=None):
     # Muon is for matrices and kernels (see common.py), Adam for all that is left, such as biases.
     muon = args.optimizer == "muon"
     matrices = [p for p in model.parameters() if muon and p.dim() in (2, 4)]
-    others = [p for p in model.parameters() if p not in set(matrices)]  # sets compare identities
+    others = [p for p in model.parameters() if p not in set(matrices)]  # by identity
     # common.cuda_graph needs the rate in a tensor, which the loop below fills, and capturable=True.
     lr = torch.zeros((), device=device)
     optimizers = [torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=True, capturable=True)]
