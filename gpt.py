@@ -22,7 +22,6 @@ C = n_embd, H heads, V tokens in the vocabulary.
 
 import argparse
 import codecs
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -38,7 +37,6 @@ import shutil
 import sys
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -51,7 +49,8 @@ from tqdm import tqdm
 
 import common
 
-# -- The model --------------------------------------------------------------------------------
+# -- The model and sampling -------------------------------------------------------------------
+# Attention, the layers around it, and how a next token is drawn from what they compute.
 
 
 @dataclasses.dataclass
@@ -64,27 +63,33 @@ class GPTConfig:
     dropout: float = 0.0
     fused: bool = True  # attention by torch's fused kernel, or by the formula
     eos_token_id: int | list | None = None  # the token that ends a text, or several
+    bos_token_id: int | None = None  # the token that starts a text
 
 
 def attention(q, k, v, mask=None, dropout_p=0.0, fused=True):
-    """softmax(q k^T / sqrt(C / H)) v, scaled dot-product attention (Vaswani et al., equation 1)
+    """softmax(q k^T / sqrt(C / H)) v, scaled dot-product attention (Vaswani et al., equation 1).
+    Training uses torch's fused kernel unless --plain-attention is given: to change what is computed
+    here, give that flag.
 
     q: [B, H, T, C / H]; k and v: [B, H, S, C / H] -> [B, H, T, C / H]. mask: boolean [T, S], True
     where a token may look; None: at itself and all before it (T = S).
 
-    Q3.1, the challenge of long texts: time and memory grow with T * S, the length squared. A fused
-    kernel computes the same piece by piece, and never holds all T * S scores (Dao et al., 2022,
-    arXiv:2205.14135). Q3.2, the steps: scores, mask, softmax, dropout, weighted sum of the values.
+    A score sums C / H products, so its variance grows with C / H. Without the division, softmax
+    would give nearly all weight to one token. Q3.1, the challenge of long texts: time and memory
+    grow with T * S, the length squared. A fused kernel saves the memory: it never holds all T * S
+    scores (Dao et al., 2022, arXiv:2205.14135). But time stays quadratic. Attention to the last W
+    tokens alone costs T * W; what is further away comes only through the layers (Beltagy et al.,
+    2020, arXiv:2004.05150). Q3.2, the steps: scores, mask, softmax, dropout, weighted sum.
     """
-    if fused:  # the default: to change what follows, train with --plain-attention
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
-    if mask is None:
-        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
-    q = q / math.sqrt(q.size(-1))  # before the product, which could overflow in float16
-    scores = q @ k.mT  # [B, H, T, S]
-    scores = scores.masked_fill(~mask, -math.inf)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout_p)
-    return weights @ v
+    if not fused:
+        if mask is None:
+            mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+        q = q / math.sqrt(q.size(-1))  # before the product, which could overflow in float16
+        scores = q @ k.mT  # [B, H, T, S]
+        scores = scores.masked_fill(~mask, -math.inf)
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout_p)
+        return weights @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None)
 
 
 class CausalSelfAttention(nn.Module):
@@ -99,13 +104,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, positions=None, cache=None):
         """x: [B, T, C] -> [B, T, C]. mask: see attention. cache: [2, B, H, S, C / H], keys and
-        values, to which those of x are written at positions [T]; None: only those of x."""
+        values, into which those of x are written at positions [T]; None: only those of x."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, C / H]
         q, k, v = qkv
         if cache is not None:
-            cache.index_copy_(-2, positions, qkv[1:])
+            cache.index_copy_(-2, positions, torch.stack([k, v]).to(cache.dtype))
             k, v = cache  # [B, H, S, C / H] each
         y = attention(q, k, v, mask, self.dropout.p if self.training else 0.0, self.fused)
         return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
@@ -187,15 +192,11 @@ class GPT(nn.Module):
         return load_model(name, cls, **changes)
 
     def hidden(self, idx, positions=None, cache=None):
-        """Run tokens idx [B, T] through all layers. -> [B, T, C]
-
-        positions: [T] (None: 0, 1, 2, ...). cache: [n_layer, 2, B, H, S, C / H], keys and values of
-        earlier positions; those of idx are written into it.
-        """
+        """Run tokens idx [B, T] through all layers. -> [B, T, C]. positions: [T] (None: 0, 1, ...).
+        cache: [n_layer, 2, B, H, S, C / H]; keys and values of idx are written into it."""
         T, mask = idx.size(1), None  # None: each token looks at itself and those before it
         assert 0 < T <= self.config.block_size, f"{T} tokens, of at most {self.config.block_size}"
-        if positions is None:
-            positions = torch.arange(T, device=idx.device)
+        positions = torch.arange(T, device=idx.device) if positions is None else positions
         if cache is not None:  # it is read whole; what was not written yet is masked
             mask = torch.arange(cache.size(-2), device=idx.device) <= positions[:, None]  # [T, S]
         x = self.dropout(self.wte(idx) + self.wpe(positions))  # [B, T, C]
@@ -204,16 +205,16 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """[..., C] -> logits [..., V]. The output layer's matrix is the tokens' embedding."""
+        """[..., C] -> logits [..., V]. The output layer's matrix is the tokens' embedding. (Give it
+        one of its own as self.lm_head: files know this name.)"""
         return F.linear(x, self.wte.weight)
 
     def forward(self, idx, targets=None):
         """idx: tokens [B, T] -> logits [B, T, V] of the token that follows each, and the loss:
         the mean cross-entropy with `targets` [B, T], in nats per token (None without targets)"""
         logits = self.logits(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
 
     @torch.inference_mode()
     def stream(self, idx, n, record=None, **sampling):
@@ -222,7 +223,10 @@ class GPT(nn.Module):
         see next_token."""
         assert not self.training, "call eval() first: dropout is for training"
         config, S = self.config, min(idx.size(1) + n, self.config.block_size)
-        # Zeros, because a masked position has the weight 0, and 0 * nan would be nan.
+        # Without a cache each new token would cost a pass over the whole text. The cache keeps the
+        # keys and values of all tokens so far, in each layer: they never change, because no token
+        # looks at later ones. Once the window slides, all its tokens have new positions, so each
+        # token costs a whole pass. (Zeros: a masked position has the weight 0; 0 * nan is nan.)
         cache = torch.zeros(
             config.n_layer, 2, len(idx), config.n_head, S, config.n_embd // config.n_head,
             dtype=self.wte.weight.dtype, device=idx.device)
@@ -233,8 +237,7 @@ class GPT(nn.Module):
         step = record(step) if record else step
         for i in range(n):
             window = idx[:, -config.block_size:]
-            # The cache has all tokens but the last. (At first it is empty, and once the window
-            # slides all its tokens have new positions.)
+            # Only the last token is new, unless the cache is empty or the window slides.
             new = 1 if i > 0 and idx.size(1) <= config.block_size else window.size(1)
             positions = torch.arange(window.size(1), device=idx.device)
             token = next_token(step(window[:, -new:], positions[-new:]), **sampling)
@@ -246,11 +249,425 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, n, **sampling)], dim=1)
 
 
-# -- Tokenizers -------------------------------------------------------------------------------
+# -- Characters and text ----------------------------------------------------------------------
+# From a text's file to batches of tokens and the mean loss on them. train calls this.
 
 # Unicode's \s. Python's own white space has four control characters more.
 WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008"
                "\u2009\u200a\u2028\u2029\u202f\u205f\u3000")
+
+
+@contextlib.contextmanager
+def user_errors(subject, kinds=ValueError):
+    """Errors of these kinds in a block become a common.UserError, one line that names subject."""
+    try:
+        yield
+    except kinds as error:
+        reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        raise common.UserError(f"{subject}: {' '.join(reason.split())[:300]}") from error
+
+
+class CharTokenizer:
+    """A token for each character of the string `characters`. Methods as those of BPETokenizer."""
+
+    merges, special, end_of_text = (), {}, None
+
+    def __init__(self, characters):
+        self.characters = characters
+        self.vocab = {character: id for id, character in enumerate(characters)}
+        self.start = self.vocab.get("\n", 0)
+
+    def __len__(self):
+        return len(self.characters)
+
+    def encode(self, text):
+        if unknown := sorted(set(text) - self.vocab.keys()):
+            raise ValueError(f"no token for {len(unknown):,} characters: {''.join(unknown[:20])!r}")
+        return [self.vocab[character] for character in text]
+
+    def stream(self, ids):
+        for id in ids:
+            yield self.characters[id] if id < len(self.characters) else "\ufffd"
+
+    def decode(self, ids):
+        return "".join(self.stream(ids))
+
+    def save(self, folder):
+        common.write_json(Path(folder, "vocab.json"), self.vocab)
+
+
+def start_token(config, tokenizer):
+    """The token that a text without a prompt starts with: the model's own, if it has one"""
+    start = config.bos_token_id
+    return start if start in range(config.vocab_size) else tokenizer.start
+
+
+def fetch(url, path):
+    """Download a file, whole or not at all, if it is not there yet. Raises OSError if it fails."""
+    if path.exists():
+        return
+    print(f"downloading {url}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(url, timeout=15) as answer, tqdm.wrapattr(
+            answer, "read", answer.length, disable=None, leave=False) as source:
+        def write(file):
+            shutil.copyfileobj(source, file)
+            if answer.length:  # read() counts down from the announced length
+                raise ConnectionError(f"{answer.length:,} bytes of {url} did not come")
+        common.save(path, write)
+
+
+def find_text(data_dir):
+    """-> the path of tiny Shakespeare, or of Python's documentation if the download fails"""
+    url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
+    path = Path(data_dir, "tinyshakespeare.txt")
+    try:
+        fetch(url, path)
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        from pydoc_data.topics import topics
+
+        print(f"warning: {error}: this run learns Python's documentation", file=sys.stderr)
+        path = path.with_name("python-topics.txt")
+        if not path.exists():
+            common.save(path, lambda file: file.write("\n".join(topics.values()).encode("utf-8")))
+    return path
+
+
+def read_blocks(path, limit, size=2**20):
+    """Yield the first `limit` characters of a text (None: all) in blocks of about `size`.
+
+    No token of BPETokenizer has white space after another character. So blocks that end before
+    white space give the tokens of the whole text. (A cut after it could part two line ends.)
+    """
+    rest, left = "", limit or sys.maxsize
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        while new := file.read(min(size, left)):
+            left -= len(new)
+            text = rest + new
+            last_space = max(text.rfind("\n"), text.rfind(" "))  # -1 if there is none
+            end = len(text[:last_space + 1].rstrip(WHITE_SPACE))
+            yield text[:end]
+            rest = text[end:]
+    yield rest
+
+
+def tokenize(path, limit, tokenizer, folder, announce=True):
+    """The tokens of a text, int32 [N]. They are in a file in `folder`. It is written once, then
+    read in parts, as they are used, so there may be more tokens than the memory holds."""
+    status = os.stat(path)
+    made_from = repr([path, status.st_size, status.st_mtime_ns, limit, tokenizer.vocab,
+                      tokenizer.merges, tokenizer.special])
+    token_file = Path(folder, f"tokens-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.bin")
+    if not token_file.exists():
+        token_file.parent.mkdir(parents=True, exist_ok=True)
+        blocks = read_blocks(path, limit)
+        if any(re.search(r"\S\s", text) for text in tokenizer.special):
+            blocks = ["".join(blocks)]  # or a special token could be cut at its white space
+        blocks = tqdm(blocks, "tokenizing", unit=" blocks", delay=1, leave=False, disable=None)
+        common.save(token_file, lambda file: file.writelines(
+            np.array(tokenizer.encode(block), np.int32) for block in blocks))
+    elif announce:  # changed code gives other tokens, but the file has the same name
+        print(f"tokens of an earlier run: {token_file}", file=sys.stderr)
+    return np.memmap(token_file, np.int32, "r")
+
+
+def windows(tokens, starts, length):
+    """The `length` tokens from each of `starts` on. -> int64 [len(starts), length]"""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+
+
+@torch.no_grad()
+def evaluate(model, tokens, T, batch_size):
+    """The mean cross-entropy, in nats per token, over `tokens` in windows of T, one after another,
+    without autocast. (If there are fewer than T tokens, it is over all of them.)"""
+    device, T = model.wte.weight.device, min(T, len(tokens) - 1)
+    starts = np.arange(0, len(tokens) - T, T)
+    total = 0  # becomes a tensor on the device, which is read once
+    for some in np.split(starts, range(batch_size, len(starts), batch_size)):
+        batch = windows(tokens, some, T + 1).to(device)
+        total += model(batch[:, :-1], batch[:, 1:])[1] * len(some)
+    return total.item() / len(starts)
+
+
+# -- The train command ------------------------------------------------------------------------
+# One function, from the flags to the last line that is printed.
+
+
+def train(argv):
+    """The `train` command; under torchrun each process runs it."""
+    # -- Arguments, device and processes ------------------------------------------------------
+    parser = argparse.ArgumentParser(
+        prog="gpt.py", usage="gpt.py train [options]", description="Learn a text.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, number = parser.add_argument, common.number
+    add("--text", type=common.absolute_path, metavar="FILE", help="UTF-8 (None: tiny Shakespeare)")
+    add("--tokenizer", default="char", metavar="char|NAME|DIR", help="characters, or a model's")
+    add("--init", metavar="NAME|DIR", help="a model to train further, see generate --model. It "
+        "sets the size and the tokenizer, and changes defaults: --block-size 256 --batch-size 4 "
+        "--max-steps 100 --eval-every 25 --optimizer adamw --lr 5e-5")
+    add("--n-layer", type=number(int, 1), default=4, help="layers")
+    add("--n-head", type=number(int, 1), default=4, help="attention heads in each layer")
+    add("--n-embd", type=number(int, 1), default=128, help="the embedding's size")
+    add("--block-size", type=number(int, 1), default=64, help="tokens that the model sees at once")
+    add("--batch-size", type=number(int, 1), default=8, help="sequences per step")
+    add("--grad-accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
+    add("--max-steps", type=number(int, 1), default=3000, help="steps in all")
+    add("--eval-every", type=number(int, 1), default=600, help="steps between evaluations")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help="share that is dropped")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: for matrices")
+    add("--lr", type=number(float, 0), help="highest (None: muon 0.9 / n-embd, adamw 0.4 / n-embd)")
+    add("--plain-attention", action="store_true", help="by the formula, not by the fused kernel")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow, then fast")
+    # --limit --seed --device --no-amp --data-dir --out-dir --resume
+    common.add_run_flags(parser)
+    if parser.parse_known_args(argv)[0].init:
+        parser.set_defaults(n_layer=None, n_head=None, n_embd=None, tokenizer=None, block_size=256,
+                            batch_size=4, max_steps=100, eval_every=25, optimizer="adamw", lr=5e-5)
+    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
+    args, checkpoint = common.parse_args(parser, argv, may_change={
+        "text", "max_steps", "eval_every", "lr", "grad_accum", "compile"})
+    if args.init and any([args.n_layer, args.n_head, args.n_embd, args.tokenizer]):
+        raise common.UserError("leave out --n-... and --tokenizer: the --init model sets them")
+    if not args.init and args.n_embd % args.n_head:
+        raise common.UserError("--n-embd is not a multiple of --n-head")
+    device, dtype = common.pick_device(args.device, amp=not args.no_amp)
+    if device.type == "cuda" and dtype == torch.float32 and not args.no_amp:
+        dtype = torch.float16  # a card without bfloat16
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    part_size, remainder = divmod(args.batch_size, args.grad_accum * world_size)
+    if remainder:
+        raise common.UserError("--batch-size is not a multiple of --grad-accum times processes")
+    if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank)
+        # Others wait while the first process downloads and tokenizes: it may take hours.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
+
+    # -- Text, tokenizer and model ------------------------------------------------------------
+    # The first process of a machine prepares files. The others wait here for its barrier below.
+    if local_rank > 0:
+        dist.barrier()
+    args.text = args.text or str(find_text(args.data_dir))
+    name = f"gpt-{Path(args.text).stem}"
+    torch.manual_seed(args.seed)
+    with user_errors(args.text):
+        source = args.resume or args.init or args.tokenizer
+        if source == "char":
+            characters = map(set, read_blocks(args.text, args.limit))
+            tokenizer = CharTokenizer("".join(sorted(set().union(*characters))))
+        else:
+            tokenizer = load_tokenizer(source)
+        tokens = tokenize(args.text, args.limit, tokenizer, args.data_dir, local_rank == 0)
+    if checkpoint:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+    elif args.init:
+        model = GPT.from_pretrained(args.init, dropout=args.dropout, fused=not args.plain_attention)
+    else:
+        multiple = 1 if args.tokenizer == "char" else 64  # faster on a GPU; no text has these ids
+        model = GPT(GPTConfig(
+            vocab_size=multiple * math.ceil(len(tokenizer) / multiple), block_size=args.block_size,
+            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
+            fused=not args.plain_attention, eos_token_id=tokenizer.end_of_text,
+            bos_token_id=tokenizer.start))
+    # All three ways to a model meet here. Change it here (freeze weights by requires_grad_(False),
+    # add LoRA's matrices): a resumed run is then changed, too, and gets its weights below.
+    if world_size > 1 and local_rank == 0:
+        dist.barrier()
+    model.to(device)
+    T = args.block_size = min(args.block_size, model.config.block_size)
+    split = int(0.9 * len(tokens))
+    train_tokens, val_tokens = tokens[:split], tokens[split:][:2**20]
+    if len(train_tokens) <= T or len(val_tokens) < 2:
+        raise common.UserError(f"{args.text} is too short for --block-size {T}")
+    if getattr(args, "num_tokens", len(tokens)) != len(tokens):
+        raise common.UserError(f"{args.text} has other tokens than when the run began")
+    args.num_tokens = len(tokens)
+
+    # -- Optimizers ---------------------------------------------------------------------------
+    # Each parameter is in one of these: the layers' matrices; the other matrices, here embeddings;
+    # and all that is left, without weight decay. Muon and AdamW skip what is frozen.
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    embeddings = [p for p in model.parameters() if p.dim() == 2 and p not in set(matrices)]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    muon = args.optimizer == "muon"
+    if args.lr is None:
+        args.lr = (0.9 if muon else 0.4) / model.config.n_embd
+    # A CUDA graph sees a change only of tensors: of this rate, and of Adam's step (capturable).
+    lr = torch.zeros((), device=device)  # filled before each step
+    optimizers = [torch.optim.AdamW(
+        [{"params": embeddings if muon else embeddings + matrices},
+         {"params": others, "weight_decay": 0.0}], lr, betas=(0.9, 0.99), weight_decay=0.1,
+        fused=True, capturable=True)]
+    if muon:  # with its usual momentum, 0.95, the validation loss ends 0.006 higher
+        optimizers.append(common.Muon(matrices, lr, weight_decay=0.1, momentum=0.9))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    rows, done = [], 0  # the results, one dict per evaluation; steps that are done
+    if checkpoint:
+        rows, done = checkpoint["rows"], checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["lr"] = lr  # instead of the saved one
+        if checkpoint["scaler"]:  # empty after training without float16
+            scaler.load_state_dict(checkpoint["scaler"])
+    if rank == 0:
+        run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
+        common.write_json(run / "args.json", vars(args), indent=2)
+        if not checkpoint:
+            tokenizer.save(run)
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {world_size} x "
+              f"{device}, {dtype}\n{len(train_tokens):,} train, {len(val_tokens):,} val tokens, "
+              f"{args.batch_size} x {T} a step\n{done:,} of {args.max_steps:,} steps done; "
+              f"after a stop: --resume {run}", flush=True)
+
+    # -- Training -----------------------------------------------------------------------------
+    net = model  # or wrapped: compiled, or averaging the gradients of all processes
+    if args.compile:
+        net = torch.compile(net, dynamic=False)
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    # On one GPU this Python runs for the first batches only. Then its kernels are replayed, with
+    # new dropout: numbers, branches and appends to a list are frozen. What changes must be a tensor
+    # that is assigned in place (fill_, mul_, copy_), never self.x = ...
+    def train_step(batch):  # [B / world_size, T + 1]
+        loss = torch.zeros((), device=device)
+        for i, part in enumerate(batch.split(part_size), 1):
+            # Processes average their gradients in backward(), but only in the last part's.
+            last = world_size == 1 or i == args.grad_accum
+            with contextlib.nullcontext() if last else net.no_sync():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            # If any gradient overflowed, no optimizer may step: clipping by an infinite norm has
+            # spoiled all gradients, but the scaler checks each optimizer alone.
+            if not scaler.is_enabled() or norm.isfinite():
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        return loss
+
+    # A scaler reads values back to the CPU, so its steps cannot be recorded.
+    if device.type == "cuda" and world_size == 1 and not scaler.is_enabled():
+        train_step = common.cuda_graph(train_step)
+    offset, golden_ratio = random.Random(args.seed).random(), (1 + 5**0.5) / 2  # for the windows
+    evaluations = [*range(0, args.max_steps, args.eval_every), args.max_steps]
+    for end in [step for step in evaluations if step > done]:
+        # A resumed run draws the same dropout. (Integers have the same hash in every process.)
+        torch.manual_seed(hash((args.seed, done, rank)))
+        began, steps = time.perf_counter(), end - done
+        model.train()
+        loss_sum = torch.zeros((), device=device)
+        for step in tqdm(range(done, end), f"to {end}", leave=False, disable=rank > 0 or None):
+            # Up in the first hundredth of all steps, then down to 0 (more --max-steps lift it).
+            progress = (step + 0.5) / args.max_steps
+            lr.fill_(args.lr * min(progress / 0.01, (1 - progress) / 0.99))
+            # Window n begins at this fraction of the text. The fractions fill 0..1 evenly (Weyl,
+            # 1916): windows with as many tokens in all as the text cover 89% of it (63% if random).
+            n = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
+            fractions = (offset + n * golden_ratio) % 1
+            starts = (fractions * (len(train_tokens) - T)).astype(np.int64)
+            starts = np.split(starts, world_size)[rank]  # this process's share
+            batch = windows(train_tokens, starts, T + 1)
+            if device.type == "cuda":
+                batch = batch.pin_memory()  # or the copy would wait for the device
+            loss_sum += train_step(batch.to(device, non_blocking=True))
+            done = step + 1  # a checkpoint saved here would be resumed here
+        if world_size > 1:
+            dist.all_reduce(loss_sum)
+        train_loss = loss_sum.item() / world_size / steps  # waits for the device
+        seconds = time.perf_counter() - began
+        if rank > 0:
+            continue
+        model.eval()
+        val_loss = evaluate(model, val_tokens, T, part_size)
+        tokens_per_s = steps * args.batch_size * T / seconds
+        rows.append({"step": done, "seconds": seconds, "tokens_per_s": tokens_per_s,
+                     "lr": lr.item(), "train_loss": train_loss, "val_loss": val_loss})
+        common.check_finite(model, rows[-1])
+        if val_loss == min(r["val_loss"] for r in rows):  # the best so far
+            save_model(model, run)
+        common.write_json(run / "metrics.jsonl", *rows)
+        common.save_checkpoint(run / "last.pt", {
+            "step": done, "model": model.state_dict(), "scaler": scaler.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "config": dataclasses.asdict(model.config), "args": vars(args), "rows": rows})
+        print(f"step {done:5d}/{args.max_steps} | train {train_loss:.4f} | val {val_loss:.4f} nats "
+              f"| {tokens_per_s / 1000:.1f}k tok/s | {seconds:.1f} s", flush=True)
+        torch.manual_seed(0)  # the same draws each time, so that samples can be compared
+        start = torch.tensor([[start_token(model.config, tokenizer)]], device=device)
+        sample = model.generate(start, 200, top_k=40)
+        text = tokenizer.decode(sample[0, 1:].tolist()).replace("\n", "\n    ")
+        print(f"    {text}", flush=True)
+        common.save_curves(run / "loss.png", rows, ["train_loss", "val_loss"],
+                           "cross-entropy, nats per token", x="step")
+
+    if rank == 0:
+        best = min(rows, key=lambda row: row["val_loss"])
+        print(f"{name}: best at step {best['step']}, val {best['val_loss']:.4f} -> {run}")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+# -- The generate command ---------------------------------------------------------------------
+# One function, too; its model and tokenizer come from the last section.
+
+
+def generate(argv):
+    """The `generate` command: texts to standard output, all else to standard error."""
+    parser = argparse.ArgumentParser(
+        prog="gpt.py", usage="gpt.py generate [options]", description="Continue a prompt.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, number = parser.add_argument, common.number
+    add("--model", default="gpt2", metavar="NAME|DIR", help="gpt2, gpt2-medium, gpt2-large, "
+        "gpt2-xl, distilgpt2 or OWNER/NAME on the Hugging Face hub, or a folder, such as a run's")
+    add("--prompt", default="", metavar="TEXT", help="best without a space at its end")
+    add("--num-samples", type=number(int, 1), default=1, help="texts, made as one batch")
+    add("--max-new-tokens", type=number(int, 1), default=200, help="tokens at most in each")
+    add("--greedy", action="store_true", help="always the most probable token")
+    add("--temperature", type=number(float, 0), default=1.0, help="0: greedy; high: surprising")
+    add("--top-k", type=number(int, 0), default=40, help="draw from the k most probable; 0: all")
+    add("--top-p", type=number(float, 0, 1), default=1.0, help="of these the fewest that sum to it")
+    add("--half", action="store_true", help="in float16: half the memory; slow on many CPUs")
+    add("--seed", type=number(int, 0), default=42, help="another seed, another text")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda, else cpu")
+    args = parser.parse_args(argv)
+    device, _ = common.pick_device(args.device, amp=False)
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    model = GPT.from_pretrained(args.model).to(device, torch.half if args.half else torch.float)
+    tokenizer = load_tokenizer(args.model)
+    prompt = args.prompt.removeprefix("\ufeff")  # the byte-order mark of a text file
+    with user_errors("--prompt"):
+        ids = tokenizer.encode(prompt) or [start_token(model.config, tokenizer)]
+    if len(ids) > (room := model.config.block_size):
+        print(f"the model sees the last {room:,} tokens of {len(ids):,}", file=sys.stderr)
+    ends = np.ravel(model.config.eos_token_id).tolist()  # a list, also of one or of None
+    idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)
+    torch.manual_seed(args.seed)
+    tokens = model.stream(
+        idx, args.max_new_tokens, record=common.cuda_graph if device.type == "cuda" else None,
+        do_sample=not args.greedy, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.num_samples == 1:
+        rows = [(token.item() for token in tokens)]  # each is printed as it comes
+    else:
+        rows = torch.cat([*tqdm(tokens, total=args.max_new_tokens, disable=None)], dim=1).tolist()
+    for i, row in enumerate(rows):
+        print("---\n" if i else "", prompt, sep="", end="", flush=True)
+        for text in tokenizer.stream(itertools.takewhile(lambda id: id not in ends, row)):
+            print(text, end="", flush=True)
+        print()
+
+
+# -- Byte-pair encoding -----------------------------------------------------------------------
+# The tokenizer of GPT-2. load_tokenizer makes it for --init and --tokenizer NAME.
 
 
 @functools.cache
@@ -261,7 +678,7 @@ def word_pattern():
 
     with Unicode's letters, \p{L}, and numbers, \p{N}, written out: Python's re has neither.
     """
-    classes = collections.defaultdict(str)  # by Unicode's kinds of characters
+    classes = dict.fromkeys("CLMNPSZ", "")  # by Unicode's kinds of characters
     characters = map(chr, range(sys.maxunicode + 1))
     for kind, span in itertools.groupby(characters, lambda c: unicodedata.category(c)[0]):
         span = list(span)
@@ -276,8 +693,12 @@ class BPETokenizer:
 
     A text is split into words, and a word into its UTF-8 bytes, a token each. Then, again and
     again, the pair of neighbours that is earliest in a list of 50,000 is merged into one token,
-    everywhere in the word. Special tokens, such as <|endoftext|>, are never split.
+    everywhere in the word. So GPT-2's five steps for " lower" are (with _ for the space)
 
+        _ l o w e r -> _ l o w er -> _ l ow er -> _l ow er -> _l ower -> _lower
+
+    because e r is pair 8 of its list, o w 45, _ l 67, ow er 534 and _l ower 2,538. Special tokens,
+    such as <|endoftext|>, are never split.
     vocab: {token: id}; merges: [(left, right), ...]; special: {text: id}. In vocab and merges a
     byte is written as a character that can be seen: its own, or one from U+0100 on.
     """
@@ -288,9 +709,8 @@ class BPETokenizer:
         alphabet = [chr(byte if byte in visible else next(others)) for byte in range(256)]
         byte_of = {character: byte for byte, character in enumerate(alphabet)}
 
-        self.vocab, self.merges, self.special = vocab, merges, dict(special)
-        if "<|endoftext|>" in vocab:
-            self.special["<|endoftext|>"] = vocab["<|endoftext|>"]
+        end = {text: vocab[text] for text in ["<|endoftext|>"] if text in vocab}
+        self.vocab, self.merges, self.special = vocab, merges, special | end
         self.byte_ids = [vocab[character] for character in alphabet]
         self.end_of_text = self.special.get("<|endoftext|>")
         self.start = self.special.get("<|endoftext|>", self.byte_ids[ord("\n")])  # without a prompt
@@ -322,7 +742,6 @@ class BPETokenizer:
         return ids
 
     def encode(self, text):
-        """text -> list of ids"""
         ids = []
         for part in self.special_pattern.split(text):
             if part in self.special:
@@ -330,10 +749,10 @@ class BPETokenizer:
                 continue
             for word in word_pattern().findall(part):
                 if word not in self.known:
-                    if len(self.known) > 2**20:  # a bound on the memory
-                        self.known.clear()
                     self.known[word] = self.encode_word(word)
                 ids += self.known[word]
+        if len(self.known) > 2**20:  # a bound on the memory
+            self.known.clear()
         return ids
 
     def stream(self, ids):
@@ -345,63 +764,30 @@ class BPETokenizer:
         yield decoder.decode(b"", final=True)
 
     def decode(self, ids):
-        """list of ids -> text"""
         return "".join(self.stream(ids))
 
     def save(self, folder):
-        """Write vocab.json, merges.txt and added_tokens.json, as load_tokenizer reads them."""
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges), ""]
-        Path(folder, "vocab.json").write_text(json.dumps(self.vocab), encoding="utf-8")
-        Path(folder, "merges.txt").write_text("\n".join(lines), encoding="utf-8", newline="\n")
-        Path(folder, "added_tokens.json").write_text(json.dumps(self.special), encoding="utf-8")
+        common.write_json(Path(folder, "vocab.json"), self.vocab)
+        common.write_json(Path(folder, "added_tokens.json"), self.special)
+        common.save(Path(folder, "merges.txt"), lambda file: file.write("\n".join(lines).encode()))
 
 
-class CharTokenizer:
-    """A token for each character of the string `characters`. Methods as those of BPETokenizer."""
+# -- The Hugging Face hub's files -------------------------------------------------------------
+# train and generate call load_tokenizer, save_model and load_model (as GPT.from_pretrained).
 
-    merges, special, end_of_text = (), {}, None
-
-    def __init__(self, characters):
-        self.characters = characters
-        self.vocab = {character: id for id, character in enumerate(characters)}
-        self.start = self.vocab.get("\n", 0)
-
-    def __len__(self):
-        return len(self.characters)
-
-    def encode(self, text):
-        if unknown := sorted(set(text) - self.vocab.keys()):
-            raise ValueError(f"no token for {len(unknown):,} characters: {''.join(unknown[:20])!r}")
-        return [self.vocab[character] for character in text]
-
-    def stream(self, ids):
-        for id in ids:
-            yield self.characters[id] if id < len(self.characters) else "\ufffd"
-
-    def decode(self, ids):
-        return "".join(self.stream(ids))
-
-    def save(self, folder):
-        Path(folder, "vocab.json").write_text(json.dumps(self.vocab), encoding="utf-8")
-
-
-# -- A folder in the hub's layout -------------------------------------------------------------
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # an index names several files
-           "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # it names several files
 # Every model has a config.json. It is downloaded last: if it is there, the others were tried.
 SMALL_FILES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt", "tokenizer.json", "config.json")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool}  # as safetensors names them
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+          "BOOL": torch.bool}  # as safetensors names them
 # Settings of a config.json that change what a model computes, and the values that gpt.py knows, the
 # default first. Other values would give wrong texts.
 MODEL_SETTINGS = {
-    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # the same
-    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "add_cross_attention": [False],
-    "scale_attn_by_inverse_layer_idx": [False], "reorder_and_upcast_attn": [False],
-    "tie_word_embeddings": [True],
-}
+    "model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}  # both are the same
 # The same of the parts of a tokenizer.json: other values would give other ids.
 TOKENIZER_SETTINGS = {
     "normalizer": {"type": [None]},
@@ -409,24 +795,13 @@ TOKENIZER_SETTINGS = {
     "post_processor": {"type": [None, "ByteLevel", "TemplateProcessing"], "special_tokens": [{}]},
     "model": {"type": ["BPE"], "dropout": [None, 0], "continuing_subword_prefix": [None, ""],
               "end_of_word_suffix": [None, ""], "byte_fallback": [False], "ignore_merges": [False]},
-    "added token": {"single_word": [False], "lstrip": [False], "rstrip": [False]},
-}
+    "added token": {"single_word": [False], "lstrip": [False], "rstrip": [False]}}
 
 
 def check_settings(settings, known, where):
     for name, values in known.items():
         if settings.get(name, values[0]) not in values:
             raise ValueError(f"{where}: gpt.py knows no {name} {settings[name]!r}")
-
-
-@contextlib.contextmanager
-def user_errors(subject, kinds=ValueError):
-    """Errors of these kinds in a block become a common.UserError, one line that names subject."""
-    try:
-        yield
-    except kinds as error:
-        reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
-        raise common.UserError(f"{subject}: {' '.join(reason.split())[:300]}") from error
 
 
 def read_json(path, optional=False):
@@ -441,67 +816,42 @@ def read_config(folder):
         saved = read_json(folder / "config.json")
         check_settings(saved, MODEL_SETTINGS, "config.json")
         saved["block_size"] = saved["n_positions"]
-        generation = read_json(folder / "generation_config.json", optional=True)
-        saved["eos_token_id"] = generation.get("eos_token_id", saved.get("eos_token_id"))
+        saved |= read_json(folder / "generation_config.json", optional=True)  # its start and end
         names = [field.name for field in dataclasses.fields(GPTConfig)]
         return GPTConfig(**{name: saved[name] for name in names if name in saved})
 
 
 def weight_files(folder):
-    """-> the paths of the weights: one file, or all that an index names, or none"""
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-    if path is None or path.suffix != ".json":
-        return [path] if path else []
-    return [folder / name for name in sorted(set(read_json(path)["weight_map"].values()))]
-
-
-def fetch(url, path):
-    """Download a file, whole or not at all, if it is not there yet. -> whether it is there now:
-    False if the server does not have it. Raises OSError if the download fails."""
-    if path.exists():
-        return True
-    print(f"downloading {url}", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(url, timeout=15) as answer, tqdm.wrapattr(
-                answer, "read", answer.length, disable=None, leave=False) as source:
-            def write(file):
-                shutil.copyfileobj(source, file)
-                if answer.length:  # read() counts down from the announced length
-                    raise ConnectionError(f"{answer.length:,} bytes of {url} did not come")
-            common.save(path, write)
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 404):  # the hub's 401: not there, or private
-            raise
-    return path.exists()
+    """-> the paths of the weights: one file, or all that an index names"""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
 
 
 def find_model(name, weights=True):
-    """-> the folder of a model: `name` itself, or one with the files of NAME or OWNER/NAME,
-    downloaded from the hub. weights: whether to download them, too"""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
+    """-> the folder of a model: `name` itself, or a download of NAME or OWNER/NAME from the hub"""
+    if Path(name).is_dir():
+        return Path(name)
     owner = "distilbert" if name == "distilgpt2" else "openai-community"
     repo = name if "/" in name else f"{owner}/{name}"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     folder = Path(torch.hub.get_dir(), "checkpoints", repo.replace("/", "--"))
 
-    def get(file):
-        with user_errors(f"{name} is no folder, and the download failed", urllib.error.URLError):
-            return fetch(f"{hub}/{repo}/resolve/main/{file}", folder / file)
+    def get(file):  # -> whether it is there now
+        try:
+            fetch(f"{hub}/{repo}/resolve/main/{file}", folder / file)
+        except urllib.error.URLError as error:
+            if getattr(error, "code", None) not in (401, 404):  # not there, or private
+                raise common.UserError(f"{name} is no folder; download failed: {error}") from error
+        return (folder / file).exists()
 
-    if not (folder / "config.json").exists():
-        for file in SMALL_FILES:
-            found = get(file)
-        if not found:
-            raise FileNotFoundError(f"{name} is neither a folder nor a model on {hub}")
+    if not (folder / "config.json").exists() and not [get(file) for file in SMALL_FILES][-1]:
+        raise FileNotFoundError(f"{name} is neither a folder nor a model on {hub}")
     if weights:
         read_config(folder)  # refuses another kind of model before its gigabytes come
-        if not weight_files(folder):
-            any(get(file) for file in WEIGHTS)  # asks up to the first that is there
-        for path in weight_files(folder):
-            get(path.name)
+        if (folder / INDEX).exists() or get(WEIGHTS) or get(INDEX):
+            for path in weight_files(folder):
+                get(path.name)
     return folder
 
 
@@ -509,8 +859,7 @@ def load_tokenizer(name):
     """The tokenizer of a model that find_model finds. Raises common.UserError or OSError."""
     folder = find_model(name, weights=False)
     with user_errors(folder, Exception):
-        if (folder / "tokenizer.json").exists():
-            saved = read_json(folder / "tokenizer.json")
+        if saved := read_json(folder / "tokenizer.json", optional=True):
             model, added = saved["model"], saved.get("added_tokens", [])
             for part in ("normalizer", "pre_tokenizer", "post_processor", "model"):
                 check_settings(saved.get(part) or {"type": None}, TOKENIZER_SETTINGS[part], part)
@@ -532,22 +881,22 @@ def load_tokenizer(name):
 
 
 def read_tensors(path):
-    """-> {name: tensor} of one file. A .safetensors file has the header's length in 8 bytes, the
+    """Yield (name, tensor) of one file. A .safetensors file has the header's length in 8 bytes, the
     header in JSON, and the tensors end to end; these stay in the file until they are used."""
-    if path.suffix == ".bin":
-        if torch.__version__ < "2.6":  # compares versions; weights_only had CVE-2025-32434
-            raise ValueError(f"{path.name} can be read safely only by torch 2.6 or newer")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    data = np.memmap(path, np.uint8, "c")  # c: nothing is written to the file
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
+    if not path.exists():
+        raise ValueError(f"no {path.name}. (pytorch_model.bin is not read: save_pretrained of "
+                         "transformers makes model.safetensors of it)")
+    with open(path, "rb") as file:
+        size, start = path.stat().st_size, 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8)) if start <= size else {}
     header.pop("__metadata__", None)
-    tensors = {}
+    if start + max((entry["data_offsets"][1] for entry in header.values()), default=0) > size:
+        raise ValueError(f"{path.name} is incomplete (a git-lfs pointer needs `git lfs pull`)")
+    data = np.memmap(path, np.uint8, "c", start)  # c: nothing is written to the file
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        values = torch.from_numpy(data[start + first:start + last])
-        tensors[name] = values.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
+        values = torch.from_numpy(data[first:last])
+        yield name, values.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def load_model(name, cls=GPT, **changes):
@@ -555,18 +904,19 @@ def load_model(name, cls=GPT, **changes):
     of its GPTConfig, such as dropout=0.1. Raises common.UserError or OSError."""
     folder = find_model(name)
     model = cls(dataclasses.replace(read_config(folder), **changes))
-    weights = {}
-    with user_errors(f"{folder} (a git-lfs pointer there needs `git lfs pull`)", Exception):
+    expected, weights = model.state_dict(), {}
+    with user_errors(folder, Exception):
         for path in weight_files(folder):
-            for key, tensor in read_tensors(path).items():
+            for key, tensor in read_tensors(path):
                 key = key.removeprefix("transformer.")
                 # GPT-2's matrices c_attn, c_proj and c_fc are [in, out], nn.Linear's [out, in].
                 transposed = ".c_" in key and key.endswith(".weight")
-                weights[key] = tensor.T if transposed else tensor
-        for key in weights.keys() - model.state_dict().keys():
-            # The causal mask, what it is filled with, and a second name of wte
-            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight", key):
-                del weights[key]
+                if key in expected or not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", key):
+                    weights[key] = tensor.T if transposed else tensor  # (not the causal mask)
+        if "lm_head.weight" in weights and "lm_head.weight" not in expected:
+            head = weights.pop("lm_head.weight")  # a second name of wte
+            if not torch.equal(head, weights.setdefault("wte.weight", head)):
+                raise ValueError("lm_head.weight is not wte.weight: it needs a class with lm_head")
         model.load_state_dict(weights)  # copies the file's values, as float32
     return model.eval()
 
@@ -574,382 +924,32 @@ def load_model(name, cls=GPT, **changes):
 def save_model(model, folder):
     """Write config.json and model.safetensors as for transformers' GPT2LMHeadModel, in float32."""
     config, end = model.config, 0
-    common.write_json(Path(folder, "config.json"), dataclasses.asdict(config) | {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
-        "n_positions": config.block_size, "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new", "tie_word_embeddings": True, "bos_token_id": None,
+    # If you change what the model computes, change model_type in MODEL_SETTINGS: transformers would
+    # load its weights as a GPT-2's, without a word.
+    settings = {name: values[0] for name, values in MODEL_SETTINGS.items()}
+    common.write_json(Path(folder, "config.json"), dataclasses.asdict(config) | settings | {
+        "architectures": ["GPT2LMHeadModel"], "n_positions": config.block_size,
+        "tie_word_embeddings": "lm_head.weight" not in model.state_dict(),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)}, indent=2)
     header, tensors = {"__metadata__": {"format": "pt"}}, []
     for name, tensor in model.state_dict().items():
         transposed = ".c_" in name and name.endswith(".weight")  # as in load_model
         tensor = (tensor.T if transposed else tensor).float().cpu().contiguous()
         start, end = end, end + 4 * tensor.numel()
-        header[f"transformer.{name}"] = {"dtype": "F32", "shape": list(tensor.shape),
-                                         "data_offsets": [start, end]}
+        key = name if name.startswith("lm_head.") else f"transformer.{name}"
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
         tensors.append(tensor.numpy())
     header = json.dumps(header).encode()
     common.save(Path(folder, "model.safetensors"), lambda file: file.writelines(
         [len(header).to_bytes(8, "little"), header, *tensors]))
 
 
-# -- Training: text and evaluation ------------------------------------------------------------
-
-
-def find_text(data_dir):
-    """-> the path of tiny Shakespeare, or of Python's documentation if there is no network"""
-    url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
-    path = Path(data_dir, "tinyshakespeare.txt")
-    with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-        if fetch(url, path):
-            return path
-    from pydoc_data.topics import topics
-
-    print("warning: no network, so this run learns Python's documentation", file=sys.stderr)
-    path = path.with_name("python-topics.txt")
-    if not path.exists():
-        common.save(path, lambda file: file.write("\n".join(topics.values()).encode("utf-8")))
-    return path
-
-
-def read_blocks(path, limit, size=2**20):
-    """Yield the first `limit` characters of a text (None: all) in blocks of about `size`.
-
-    A word of word_pattern has no white space after another character. So blocks that end before
-    white space give the tokens of the whole text. (A cut after it could part two line ends.)
-    """
-    rest, left = "", limit or sys.maxsize
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        while new := file.read(min(size, left)):
-            left -= len(new)
-            text = rest + new
-            last_space = max(text.rfind("\n"), text.rfind(" "))  # -1 if there is none
-            end = len(text[:last_space + 1].rstrip(WHITE_SPACE))
-            yield text[:end]
-            rest = text[end:]
-    yield rest
-
-
-def tokenize(path, limit, tokenizer, folder):
-    """The tokens of a text, int32 [N]. They are in a file in `folder`. It is written once, then
-    read in parts, as they are used, so there may be more tokens than the memory holds."""
-    status = os.stat(path)
-    made_from = repr([path, status.st_size, status.st_mtime_ns, limit, tokenizer.vocab,
-                      tokenizer.merges, tokenizer.special])
-    token_file = folder / f"tokens-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.bin"
-    if not token_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        blocks = read_blocks(path, limit)
-        if any(re.search(r"\S\s", text) for text in tokenizer.special):
-            blocks = ["".join(blocks)]  # or a special token could be cut at its white space
-        blocks = tqdm(blocks, "tokenizing", unit=" blocks", delay=1, leave=False, disable=None)
-        common.save(token_file, lambda file: file.writelines(
-            np.array(tokenizer.encode(block), np.int32) for block in blocks))
-    return np.memmap(token_file, np.int32, "r")
-
-
-def windows(tokens, starts, length):
-    """The `length` tokens from each of `starts` on. -> int64 [len(starts), length]"""
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
-
-
-@torch.no_grad()
-def evaluate(model, tokens, T, batch_size):
-    """The mean cross-entropy, in nats per token, over `tokens` in windows of T, one after another,
-    without autocast. (If there are fewer than T tokens, it is over all of them.)"""
-    device, T = model.wte.weight.device, min(T, len(tokens) - 1)
-    starts = np.arange(0, len(tokens) - T, T)
-    total = 0  # becomes a tensor on the device, which is read once
-    for some in np.split(starts, range(batch_size, len(starts), batch_size)):
-        batch = windows(tokens, some, T + 1).to(device)
-        total += model(batch[:, :-1], batch[:, 1:])[1] * len(some)
-    return total.item() / len(starts)
-
-
-# -- The train command ------------------------------------------------------------------------
-
-
-def train(argv):
-    """The `train` command; under torchrun each process runs it."""
-    # -- Arguments, device and processes ------------------------------------------------------
-    parser = argparse.ArgumentParser(
-        prog="gpt.py", usage="gpt.py train [options]", description="Learn a text.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, number = parser.add_argument, common.number
-    add("--text", type=os.path.abspath, metavar="FILE", help="in UTF-8 (None: tiny Shakespeare)")
-    add("--tokenizer", default="char", metavar="char|NAME|DIR", help="characters, or a model's")
-    add("--init", metavar="NAME|DIR", help="a model to train further, see generate --model. It "
-        "sets the size and the tokenizer, and changes defaults: --block-size 256 --batch-size 4 "
-        "--max-steps 100 --eval-every 25 --optimizer adamw --lr 5e-5")
-    add("--n-layer", type=number(int, 1), default=4, help="layers")
-    add("--n-head", type=number(int, 1), default=4, help="attention heads in each layer")
-    add("--n-embd", type=number(int, 1), default=128, help="the embedding's size")
-    add("--block-size", type=number(int, 1), default=64, help="tokens that the model sees at once")
-    add("--batch-size", type=number(int, 1), default=8, help="sequences per step")
-    add("--grad-accum", type=number(int, 1), default=1, help="parts of a batch, to save memory")
-    add("--max-steps", type=number(int, 1), default=3000, help="steps in all")
-    add("--eval-every", type=number(int, 1), default=600, help="steps between evaluations")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="share that is dropped")
-    add("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: for matrices")
-    add("--lr", type=number(float, 0), help="highest (None: muon 0.9 / n-embd, adamw 0.4 / n-embd)")
-    add("--plain-attention", action="store_true", help="by the formula, not by the fused kernel")
-    add("--compile", action="store_true", help="torch.compile: minutes, then faster steps on a GPU")
-    common.add_run_flags(parser)
-    if parser.parse_known_args(argv)[0].init:
-        parser.set_defaults(n_layer=None, n_head=None, n_embd=None, tokenizer=None, block_size=256,
-                            batch_size=4, max_steps=100, eval_every=25, optimizer="adamw", lr=5e-5)
-    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
-    args, checkpoint = common.parse_args(parser, argv, may_change={
-        "text", "max_steps", "eval_every", "lr", "grad_accum", "compile"})
-    if args.init and any([args.n_layer, args.n_head, args.n_embd, args.tokenizer]):
-        raise common.UserError("leave out --n-... and --tokenizer: the --init model sets them")
-    if not args.init and args.n_embd % args.n_head:
-        raise common.UserError("--n-embd is not a multiple of --n-head")
-    device, dtype = common.pick_device(args.device, amp=not args.no_amp)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-        if dtype == torch.float32 and not args.no_amp:
-            dtype = torch.float16  # a card without bfloat16
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    part_size, remainder = divmod(args.batch_size, args.grad_accum * world_size)
-    if remainder:
-        raise common.UserError("--batch-size is not a multiple of --grad-accum times processes")
-    if world_size > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(local_rank)
-        # Others wait while the first process downloads and tokenizes: it may take hours.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))
-
-    # -- Text, tokenizer and model ------------------------------------------------------------
-    # The first process of a machine prepares files. The others wait here for its barrier below.
-    if local_rank > 0:
-        dist.barrier()
-    args.text = args.text or str(find_text(args.data_dir))
-    name = f"gpt-{Path(args.text).stem}"
-    runs_folder = Path(args.resume or args.out_dir or f"runs/{name}").absolute().parent
-    torch.manual_seed(args.seed)
-    with user_errors(args.text):
-        source = args.resume or args.init or args.tokenizer
-        if source == "char":
-            characters = map(set, read_blocks(args.text, args.limit))
-            tokenizer = CharTokenizer("".join(sorted(set().union(*characters))))
-        else:
-            tokenizer = load_tokenizer(source)
-        tokens = tokenize(args.text, args.limit, tokenizer, runs_folder)
-    if checkpoint:
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    elif args.init:
-        model = GPT.from_pretrained(args.init, dropout=args.dropout, fused=not args.plain_attention)
-    else:
-        multiple = 1 if args.tokenizer == "char" else 64  # faster on a GPU; no text has these ids
-        model = GPT(GPTConfig(
-            vocab_size=multiple * math.ceil(len(tokenizer) / multiple), block_size=args.block_size,
-            n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
-            fused=not args.plain_attention, eos_token_id=tokenizer.end_of_text))
-    if world_size > 1 and local_rank == 0:
-        dist.barrier()
-    model.to(device)
-    T = args.block_size = min(args.block_size, model.config.block_size)
-    train_tokens, val_tokens = np.split(tokens, [int(0.9 * len(tokens))])
-    val_tokens = val_tokens[:2**20]
-    if len(train_tokens) <= T or len(val_tokens) < 2:
-        raise common.UserError(f"{args.text} is too short for --block-size {T}")
-    if getattr(args, "num_tokens", len(tokens)) != len(tokens):
-        raise common.UserError(f"{args.text} has other tokens than when the run began")
-    args.num_tokens = len(tokens)
-
-    # -- Optimizers ---------------------------------------------------------------------------
-    # Each parameter is in one of these: the layers' matrices; the other matrices, here embeddings;
-    # and all that is left, such as biases, which get no weight decay.
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    embeddings = [p for n, p in model.named_parameters() if p.dim() == 2 and n[:2] != "h."]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    muon = args.optimizer == "muon"
-    if args.lr is None:
-        args.lr = (0.9 if muon else 0.4) / model.config.n_embd
-    optimizers = [torch.optim.AdamW(
-        [{"params": embeddings if muon else embeddings + matrices},
-         {"params": others, "weight_decay": 0.0}], args.lr, betas=(0.9, 0.99), weight_decay=0.1,
-        fused=True, capturable=True)]  # for common.cuda_graph
-    if muon:  # with its usual momentum, 0.95, the validation loss ends 0.006 higher
-        optimizers.append(common.Muon(matrices, args.lr, weight_decay=0.1, momentum=0.9))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    rows = []  # the results, one dict per evaluation
-    if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:  # empty after training without float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        rows = checkpoint["rows"]
-    # The loop fills this tensor with each step's rate, because a CUDA graph freezes numbers.
-    lr = torch.zeros((), device=device)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-    done = rows[-1]["step"] if rows else 0
-    if rank == 0:
-        run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
-        common.write_json(run / "args.json", vars(args), indent=2)
-        tokenizer.save(run)
-        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {world_size} x "
-              f"{device}, {dtype}; {len(train_tokens):,} train, {len(val_tokens):,} val tokens; "
-              f"{done:,} of {args.max_steps:,} steps of {args.batch_size} x {T} tokens done; after "
-              f"a stop: --resume {run}", flush=True)
-
-    # -- Training -----------------------------------------------------------------------------
-    net = model  # or wrapped: compiled, or averaging the gradients of all processes
-    if args.compile:
-        net = torch.compile(net, dynamic=False)
-    if world_size > 1:
-        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-
-    def train_step(batch):  # [B / world_size, T + 1]
-        loss = torch.zeros((), device=device)
-        for i, part in enumerate(batch.split(part_size), 1):
-            # Processes average their gradients in backward(), but only in the last part's.
-            last = world_size == 1 or i == args.grad_accum
-            with contextlib.nullcontext() if last else net.no_sync():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
-                scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            # If any gradient overflowed, no optimizer may step: clipping by an infinite norm has
-            # spoiled all gradients, but the scaler checks each optimizer alone.
-            if not scaler.is_enabled() or norm.isfinite():
-                scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        return loss
-
-    # On one GPU the step is recorded, then replayed, with new dropout. Python numbers in it are
-    # frozen: a value that changes must be a tensor, set by fill_, like lr. (A scaler reads values
-    # back to the CPU, so its steps cannot be recorded.)
-    if device.type == "cuda" and world_size == 1 and not scaler.is_enabled():
-        train_step = common.cuda_graph(train_step)
-    offset, golden_ratio = random.Random(args.seed).random(), (1 + 5**0.5) / 2  # for the windows
-    evaluations = [*range(0, args.max_steps, args.eval_every), args.max_steps]
-    for end in [step for step in evaluations if step > done]:
-        # A resumed run draws the same dropout. (Integers have the same hash in every process.)
-        torch.manual_seed(hash((args.seed, done, rank)))
-        began, steps = time.perf_counter(), end - done
-        model.train()
-        loss_sum = torch.zeros((), device=device)
-        bar = tqdm(range(done, end), f"to step {end}", leave=False, disable=rank > 0 or None)
-        for step in bar:
-            # Up in the first hundredth of all steps, then down to 0 (more --max-steps lift it).
-            progress = (step + 0.5) / args.max_steps
-            lr.fill_(args.lr * min(progress / 0.01, (1 - progress) / 0.99))
-            # Window n begins at this fraction of the text. The fractions fill 0..1 evenly (Weyl,
-            # 1916): windows with as many tokens in all as the text cover 89% of it (63% if random).
-            # Each process takes its share of a step's windows.
-            n = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
-            fractions = (offset + n * golden_ratio) % 1
-            starts = (fractions * (len(train_tokens) - T)).astype(np.int64)
-            starts = np.split(starts, world_size)[rank]
-            batch = windows(train_tokens, starts, T + 1)
-            if device.type == "cuda":
-                batch = batch.pin_memory()  # or the copy would wait for the device
-            loss_sum += train_step(batch.to(device, non_blocking=True))
-        if world_size > 1:
-            dist.all_reduce(loss_sum)
-        train_loss = loss_sum.item() / world_size / steps  # waits for the device
-        seconds = time.perf_counter() - began
-        done = end
-        if rank > 0:
-            continue
-        model.eval()
-        val_loss = evaluate(model, val_tokens, T, part_size)
-        tokens_per_s = steps * args.batch_size * T / seconds
-        rows.append({"step": done, "seconds": seconds, "tokens_per_s": tokens_per_s,
-                     "lr": lr.item(), "train_loss": train_loss, "val_loss": val_loss})
-        if val_loss == min(r["val_loss"] for r in rows):  # the best so far
-            save_model(model, run)
-        common.write_json(run / "metrics.jsonl", *rows)
-        common.save_checkpoint(run / "last.pt", {
-            "model": model.state_dict(), "scaler": scaler.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "config": dataclasses.asdict(model.config), "args": vars(args), "rows": rows})
-        print(f"step {done:5d}/{args.max_steps} | train {train_loss:.4f} | val {val_loss:.4f} | "
-              f"{tokens_per_s / 1000:.1f}k tok/s | {seconds:.1f} s", flush=True)
-        torch.manual_seed(0)  # the same draws each time, so that samples can be compared
-        sample = model.generate(torch.tensor([[tokenizer.start]], device=device), 200, top_k=40)
-        text = tokenizer.decode(sample[0, 1:].tolist())
-        print("    " + text.replace("\n", "\n    "), flush=True)
-        common.save_curves(run / "loss.png", rows, ["train_loss", "val_loss"],
-                           "cross-entropy, nats per token", x="step")
-
-    if rank == 0:
-        best = min(rows, key=lambda row: row["val_loss"])
-        print(f"{name}: best at step {best['step']}, val {best['val_loss']:.4f} -> {run}")
-    if world_size > 1:
-        dist.destroy_process_group()
-
-
-# -- The generate command ---------------------------------------------------------------------
-
-
-def generate(argv):
-    """The `generate` command: texts to standard output, all else to standard error."""
-    parser = argparse.ArgumentParser(
-        prog="gpt.py", usage="gpt.py generate [options]", description="Continue a prompt.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, number = parser.add_argument, common.number
-    add("--model", default="gpt2", metavar="NAME|DIR", help="gpt2, gpt2-medium, gpt2-large, "
-        "gpt2-xl, distilgpt2 or OWNER/NAME on the Hugging Face hub, or a folder, such as a run's")
-    add("--prompt", default="", metavar="TEXT", help="best without a space at its end")
-    add("--num-samples", type=number(int, 1), default=1, help="texts, made as one batch")
-    add("--max-new-tokens", type=number(int, 1), default=200, help="tokens at most in each")
-    add("--greedy", action="store_true", help="always the most probable token")
-    add("--temperature", type=number(float, 0), default=1.0, help="0: greedy; high: surprising")
-    add("--top-k", type=number(int, 0), default=40, help="draw from the k most probable; 0: all")
-    add("--top-p", type=number(float, 0, 1), default=1.0, help="of these the fewest that sum to it")
-    add("--half", action="store_true", help="in float16: half the memory; slow on many CPUs")
-    add("--seed", type=number(int, 0), default=42, help="another seed, another text")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="cuda, else cpu")
-    args = parser.parse_args(argv)
-    device, _ = common.pick_device(args.device, amp=False)
-    torch.set_float32_matmul_precision("highest")  # no TF32
-    model = GPT.from_pretrained(args.model).to(device, torch.half if args.half else torch.float)
-    tokenizer = load_tokenizer(args.model)
-    prompt = args.prompt.removeprefix("\ufeff")  # the byte-order mark of a text file
-    with user_errors("--prompt"):
-        ids = tokenizer.encode(prompt)
-    if len(ids) > (room := model.config.block_size):
-        print(f"the model sees the last {room:,} tokens of {len(ids):,}", file=sys.stderr)
-    ends = model.config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    idx = torch.tensor([ids or [tokenizer.start]], device=device).expand(args.num_samples, -1)
-    torch.manual_seed(args.seed)
-    tokens = model.stream(
-        idx, args.max_new_tokens, record=common.cuda_graph if device.type == "cuda" else None,
-        do_sample=not args.greedy, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    if args.num_samples == 1:
-        rows = [(token.item() for token in tokens)]  # each is printed as it comes
-    else:
-        rows = torch.cat([*tqdm(tokens, total=args.max_new_tokens, disable=None)], dim=1).tolist()
-    for i, row in enumerate(rows):
-        print("---\n" if i else "", prompt, sep="", end="", flush=True)
-        for text in tokenizer.stream(itertools.takewhile(lambda id: id not in ends, row)):
-            print(text, end="", flush=True)
-        print()
-
-
 def main(argv=None):
+    argv, commands = sys.argv[1:] if argv is None else argv, {"train": train, "generate": generate}
     parser = argparse.ArgumentParser(prog="gpt.py", epilog="train --help lists its flags")
-    parser.add_argument("command", choices=["train", "generate"])
-    argv = sys.argv[1:] if argv is None else argv
-    command = parser.parse_args(argv[:1]).command
-    torch.set_flush_denormal(True)  # a CPU takes many times longer for numbers below 1e-38
-    train(argv[1:]) if command == "train" else generate(argv[1:])
+    parser.add_argument("command", choices=commands)
+    commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # for the texts; not the default everywhere
-    common.run_script(main, torchrun=True)
+    common.run_script(main)

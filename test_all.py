@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import functools
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -112,8 +113,9 @@ class TemporaryFolder(unittest.TestCase):
 
     def refuse(self, script, *argv, naming):
         """The script ends in one line that names something, and status 2, and changes no file."""
-        def files():
-            return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        def files():  # but those with tokens, which the next run can use
+            return {path: path.read_bytes() for path in Path().rglob("*")
+                    if path.is_file() and not path.match("data/tokens-*.bin")}
 
         before = files()
         status, out, err = run_script(script, *argv)
@@ -584,6 +586,15 @@ class Images(TemporaryFolder):
 TOKENS = torch.randint(61, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
+def edited(name, before, after, **more):
+    """-> what somebody gets who replaces a text in the class or function `name` of gpt.py"""
+    source = inspect.getsource(getattr(gpt, name))
+    assert source.count(before) == 1, before
+    names = vars(gpt) | more
+    exec(source.replace(before, after), names)
+    return names[name]
+
+
 def small_gpt(**changes):
     """A GPT in float64 whose attention is far from uniform, like a trained one's"""
     config = dict(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32) | changes
@@ -670,6 +681,31 @@ class Generation(unittest.TestCase):
                 torch.manual_seed(1)
                 with mock.patch.object(torch, "zeros", zeros):
                     identical(model.generate(prompt, 45, record=how, **sampling), expected)
+
+    def test_a_change_of_q_and_k_where_they_are_split_is_cached_too(self):
+        def turn(x, positions):  # rotary positions, one frequency for all pairs
+            angle, (left, right) = 0.3 * positions[:, None], x.chunk(2, dim=-1)
+            return torch.cat([left * angle.cos() - right * angle.sin(),
+                              left * angle.sin() + right * angle.cos()], dim=-1)
+
+        rotary = edited("CausalSelfAttention", "q, k, v = qkv\n", "q, k, v = qkv\n"
+                        "        q, k = turn(q, positions), F.normalize(turn(k, positions))\n",
+                        turn=turn)
+        with mock.patch.object(gpt, "CausalSelfAttention", rotary):
+            for model in (small_gpt(), small_gpt(fused=False)):
+                expected = TOKENS[:, :7]
+                for _ in range(30):  # past the block
+                    token = model(expected[:, -24:])[0][:, -1].argmax(-1, keepdim=True)
+                    expected = torch.cat([expected, token], dim=1)
+                identical(model.generate(TOKENS[:, :7], 30, do_sample=False), expected)
+
+    def test_generation_under_autocast_writes_what_a_pass_under_autocast_says(self):
+        for fused, dtype in itertools.product((True, False), (torch.bfloat16, torch.float16)):
+            model = small_gpt(fused=fused).float()
+            with torch.no_grad(), torch.autocast("cpu", dtype):
+                text = model.generate(TOKENS[:, :7], 17, do_sample=False)
+                best = model(text[:, :-1])[0][:, 6:].argmax(-1)
+            self.assertGreater((text[:, 7:] == best).float().mean(), 0.9)  # but for rounding
 
     def test_sampling_follows_the_softmax_or_is_greedy_and_top_k_and_top_p_truncate_it(self):
         p, two, greedy = [0.09, 0.5, 0.41], [0, 0.5, 0.41], [0, 1, 0]
@@ -818,35 +854,73 @@ def write_folder(folder, tokenizer, **changes):
     tokenizer.save(folder)
 
 
+def write_tensors(path, tensors):
+    """A .safetensors file of float32 and bool tensors"""
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        new = tensor.numpy().tobytes()
+        header[name] = {"dtype": {4: "F32", 1: "BOOL"}[tensor.element_size()],
+                        "shape": tensor.shape, "data_offsets": [len(data), len(data) + len(new)]}
+        data += new
+    header = json.dumps(header).encode()
+    Path(path).write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
 class Pretrained(TemporaryFolder):
     def setUp(self):
         super().setUp()
         write_folder("m", byte_tokenizer("a b"))
 
-    def test_pytorch_bin_weights_load_from_one_file_or_shards_under_all_key_names(self):
-        named = gpt.read_tensors(Path("m/model.safetensors"))
+    def test_weights_load_from_one_file_or_shards_under_all_key_names(self):
+        named = dict(gpt.read_tensors(Path("m/model.safetensors")))
         bare = {name.removeprefix("transformer."): w.clone() for name, w in named.items()}
         more = {"h.0.attn.bias": torch.ones(1, 1, 24, 24, dtype=torch.bool),
                 "h.1.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": bare["wte.weight"]}
+        only_head = {name: w for name, w in (bare | more).items() if name != "wte.weight"}
         os.remove("m/model.safetensors")
-        for saved, zipped in itertools.product((named, bare, bare | more), (True, False)):
+        for saved in (named, bare, bare | more, only_head):
             # In shards, which an index names, and then whole, which comes before an index
-            for files in (["1.bin", "2.bin"], ["pytorch_model.bin"]):
+            for files in (["1.safetensors", "2.safetensors"], ["model.safetensors"]):
                 index = {name: files[i % len(files)] for i, name in enumerate(saved)}
-                common.write_json("m/pytorch_model.bin.index.json", {"weight_map": index})
+                common.write_json("m/model.safetensors.index.json", {"weight_map": index})
                 for file in files:
-                    torch.save({name: w for name, w in saved.items() if index[name] == file},
-                               f"m/{file}", _use_new_zipfile_serialization=zipped)
-                if torch.__version__ < "2.6":  # its loader is not safe
-                    self.refuse(gpt, "generate", "--model", "m", naming="2.6")
-                else:
-                    loaded = gpt.GPT.from_pretrained("m").state_dict()
-                    identical(loaded, small_gpt().float().state_dict())
-            os.remove("m/pytorch_model.bin")
+                    write_tensors(f"m/{file}", {n: w for n, w in saved.items() if index[n] == file})
+                identical(gpt.GPT.from_pretrained("m").state_dict(),
+                          small_gpt().float().state_dict())
+            os.remove("m/model.safetensors")
+
+    @torch.no_grad()
+    def test_an_output_layer_of_its_own_is_kept_and_refused_by_a_class_without_it(self):
+        class Untied(gpt.GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+            def logits(self, x):
+                return self.lm_head(x)
+
+        with mock.patch.object(gpt, "GPT", Untied):
+            saved = small_gpt().float()
+        gpt.save_model(saved, "m")
+        identical(Untied.from_pretrained("m").state_dict(), saved.state_dict())
+        self.refuse(gpt, "generate", "--model", "m", naming="lm_head.weight")
+        theirs = import_transformers(self).GPT2LMHeadModel.from_pretrained("m").eval()
+        assert_close(theirs(TOKENS).logits, saved(TOKENS)[0], rtol=1e-3, atol=1e-4)
+
+    def test_weights_that_are_missing_cut_short_or_of_another_kind_are_named(self):
+        path = Path("m/model.safetensors")
+        content = path.read_bytes()
+        for size in (0, 5, 8, 300, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:size])
+            self.refuse(gpt, "generate", "--model", "m", naming="model.safetensors is incomplete")
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105171")
+        self.refuse(gpt, "generate", "--model", "m", naming="git lfs pull")
+        path.rename("m/pytorch_model.bin")
+        self.refuse(gpt, "generate", "--model", "m", naming="save_pretrained")
 
     def test_saving_and_loading_keep_all_weights_and_a_subclass_loads_as_itself(self):
         Own = type("Own", (gpt.GPT,), {})
-        saved = small_gpt(fused=False, dropout=0.1, eos_token_id=[3, 7]).float()
+        saved = small_gpt(fused=False, dropout=0.1, eos_token_id=[3, 7], bos_token_id=5).float()
         gpt.save_model(saved, "m")
         model = Own.from_pretrained("m")
         self.assertEqual((type(model), model.training, model.config), (Own, False, saved.config))
@@ -856,18 +930,15 @@ class Pretrained(TemporaryFolder):
         config = json.loads(Path("m/config.json").read_text())
         for name, value, naming in (
                 ("model_type", "gpt_neo", "model_type"), ("activation_function", "relu", "relu"),
-                ("layer_norm_epsilon", 1e-6, "epsilon"), ("tie_word_embeddings", False, "tie"),
+                ("layer_norm_epsilon", 1e-6, "epsilon"),
                 ("n_layer", 4, "h.3.ln_1.bias"), ("n_layer", 2, "h.2.ln_1.bias")):
             common.write_json("m/config.json", config | {name: value})
             self.refuse(gpt, "generate", "--model", "m", naming=naming)
 
     def test_a_pickle_that_runs_code_is_not_run(self):
         Harm = type("Harm", (), {"__reduce__": lambda self: (open, ("harm", "w"))})
-        os.remove("m/model.safetensors")
-        torch.save({"wte.weight": Harm()}, "m/pytorch_model.bin")
         torch.save({"model": {}, "args": {"script": "vae.py"}, "x": Harm()}, "last.pt")
-        self.refuse(gpt, "generate", "--model", "m", naming="m (")  # and makes no file
-        self.refuse(vae, "--resume", ".", naming="last.pt")
+        self.refuse(vae, "--resume", ".", naming="last.pt")  # and makes no file
 
     @torch.no_grad()
     def test_six_models_of_transformers_give_the_same_logits_and_return_bit_identical(self):
@@ -963,6 +1034,15 @@ class GenerateCommand(TemporaryFolder):
                                  model="bytes")
             self.assertEqual(out, f"{text}---\n{text}")
 
+    def test_a_text_without_a_prompt_starts_with_the_models_token_or_a_line_end(self):
+        letters = "\n abcdefghijklmnopqrstuvwxyz"
+        for config, generation, start in ((5, {}, 5), (None, {}, 0), (99, {}, 0), (-1, {}, 0),
+                                          (5, {"bos_token_id": 7}, 7)):
+            gpt.save_model(small_gpt(vocab_size=28, bos_token_id=config), "letters")
+            common.write_json("letters/generation_config.json", generation)
+            self.assertEqual(self.write("--greedy"),
+                             self.write("--greedy", "--prompt", letters[start])[1:])
+
 
 GPT_RUN = ("train --text text.txt --n-layer 2 --n-embd 32 --block-size 16 --eval-every 15 "
            "--device cpu")
@@ -988,17 +1068,69 @@ class Training(TemporaryFolder):
             self.assertEqual(tokens.tolist(), tokenizer.encode(self.text[:limit]))
             self.assertEqual(len(os.listdir(runs)), i)
         with mock.patch.object(letters, "encode", side_effect=AssertionError):
-            gpt.tokenize("text.txt", None, letters, runs)
+            _, _, err = run_script(mock.Mock(main=lambda _: gpt.tokenize(
+                "text.txt", None, letters, runs)))
+        self.assertRegex(err, r"^tokens of an earlier run: runs.tokens-\w+\.bin\n$")
         Path("text.txt").write_text("a" * (2**20 - 2) + "c d")  # a special token is not cut
         tokens = gpt.tokenize("text.txt", None, tokenizers[2], runs)
         self.assertEqual(tokens[-2:].tolist(), [97, 256])
 
-    def test_offline_training_reads_pythons_documentation_instead_and_warns(self):
-        error = gpt.urllib.error.URLError("no network")
-        with mock.patch("urllib.request.urlopen", side_effect=error):
-            status, out, err = run_script(gpt, "train", "--limit", 5000, "--max-steps", 1)
-        self.assertEqual((status, Path("runs/gpt-python-topics/last.pt").exists()), (0, True))
-        self.assertIn("warning", err)
+    def test_training_without_a_download_reads_pythons_documentation_and_says_why(self):
+        errors = gpt.urllib.error
+        for error, reason in ((errors.URLError("Tunnel connection failed: 407"), "407"),
+                              (errors.HTTPError("url", 429, "Too Many Requests", {}, None), "429"),
+                              (TimeoutError("timed out"), "timed out")):
+            with mock.patch("urllib.request.urlopen", side_effect=error):
+                status, out, err = run_script(gpt, "train", "--limit", 5000, "--max-steps", 1)
+            self.assertEqual((status, Path("runs/gpt-python-topics/last.pt").exists()), (0, True))
+            self.assertRegex(err, f"warning: .*{reason}.*Python's documentation")
+
+    def test_only_out_dir_and_data_dir_are_written_and_the_tokenizer_only_once(self):
+        os.mkdir("w")
+        self.succeed(gpt, *GPT_RUN.split(), "--max-steps", 15, "--out-dir", "w/a", "--data-dir",
+                     "w/data")
+        self.assertEqual(sorted(os.listdir()), ["text.txt", "w"])
+        with mock.patch.object(gpt.CharTokenizer, "save", side_effect=AssertionError):
+            self.succeed(gpt, "train", "--resume", "w/a", "--max-steps", 30)
+
+    def test_a_run_with_compile_can_go_on_without(self):
+        with mock.patch.object(torch, "compile", lambda model, **_: model):
+            self.succeed(gpt, *GPT_RUN.split(), "--max-steps", 15, "--out-dir", "a", "--compile")
+        with mock.patch.object(torch, "compile", side_effect=RuntimeError):
+            self.succeed(gpt, "train", "--resume", "a", "--max-steps", 30, "--no-compile")
+
+    def test_a_run_that_is_saved_between_evaluations_goes_on_from_there(self):
+        save = inspect.getsource(gpt.train).split("        common.save_checkpoint(")[1]
+        save = save[:save.index('"rows": rows})')]
+        train = edited("train", "  # a checkpoint saved here would be resumed here\n", "\n"
+                       f"            if done == 20:\n                common.save_checkpoint({save}"
+                       '"rows": rows})\n                stop()\n',
+                       stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
+        self.patch(gpt, "train", train)
+        argv = [*GPT_RUN.split(), "--max-steps", 30, "--out-dir"]
+        self.succeed(gpt, *argv, "whole")
+        self.assertEqual(run_script(gpt, *argv, "stopped")[0], 130)
+        out = self.succeed(gpt, "train", "--resume", "stopped")
+        self.assertIn("20 of 30 steps done", out)
+        whole, stopped = (torch.load(f"{run}/last.pt") for run in ("whole", "stopped"))
+        identical(whole["model"], stopped["model"])
+        self.assertEqual([r["val_loss"] for r in whole["rows"]],
+                         [r["val_loss"] for r in stopped["rows"]])
+
+    def test_what_is_frozen_stays_frozen_in_a_new_a_tuned_and_a_resumed_run(self):
+        here = "    # All three ways to a model meet here."
+        self.patch(gpt, "train", edited("train", here, "    model.h[0].requires_grad_(False)\n"
+                                        f"    model.wte.requires_grad_(False)\n{here}"))
+        tune = "train --text text.txt --init muon --device cpu"
+        for run, flags, optimizer in (("muon", GPT_RUN, "muon"), ("adamw", GPT_RUN, "adamw"),
+                                      ("tuned", tune, "muon")):
+            self.succeed(gpt, *flags.split(), "--optimizer", optimizer, "--out-dir", run,
+                         "--max-steps", 1)
+            first = torch.load(f"{run}/last.pt")["model"]
+            self.succeed(gpt, "train", "--resume", run, "--max-steps", 5)
+            for name, weight in torch.load(f"{run}/last.pt")["model"].items():
+                frozen = name.startswith(("h.0.", "wte."))
+                self.assertEqual(torch.equal(weight, first[name]), frozen, name)
 
     def test_training_windows_cover_the_text_and_differ_between_steps_and_seeds(self):
         seen, windows = [], gpt.windows
@@ -1063,7 +1195,7 @@ class Training(TemporaryFolder):
             optimizer.step()
 
     def test_fine_tuning_keeps_tokenizer_and_size_and_starts_at_the_pretrained_loss(self):
-        write_folder("hub", byte_tokenizer(), vocab_size=300)
+        write_folder("hub", byte_tokenizer(), vocab_size=300, eos_token_id=[9, 8], bos_token_id=7)
         model, tokenizer = gpt.GPT.from_pretrained("hub"), gpt.load_tokenizer("hub")
         ids = torch.tensor(tokenizer.encode(self.text)).split([4500, 500])[1]  # to validate
         before = model(ids[:480].view(20, 24), ids[1:481].view(20, 24))[1].item()  # whole windows
@@ -1138,7 +1270,7 @@ def run_and_die(script, argv, instant):
     common.render_glyphs = lambda: torch.load("glyphs.pt")
     for owner, name, _ in PICTURES:
         setattr(owner, name, lambda *_, **__: None)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         sys.modules[script].main([str(word) for word in argv])
 
 
