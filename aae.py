@@ -325,9 +325,9 @@ def main(argv=None):
         save_pictures(model.eval(), val, val_labels, run, epoch=0)
 
     # -- Training -----------------------------------------------------------------------------
-    # If you change this step: on CUDA its Python runs for the first batches only, then the recorded
-    # GPU work is repeated, with new noise. Python numbers, branches and model.x = ... are frozen. A
-    # lambda that changes, or an average of weights, must be a tensor that is set by fill_ or copy_.
+    # If you change this step: on CUDA its Python runs for the first batches only, then recorded
+    # GPU work is repeated, with new noise. Python numbers and branches stay the same, model.x = ...
+    # has no effect. A lambda that changes, or averaged weights, must be a tensor set by copy_.
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------

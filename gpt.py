@@ -13,8 +13,8 @@ token. Writing draws x_t from this distribution, again and again.
     python gpt.py generate --prompt "Yesterday I went to the"           by OpenAI's GPT-2
     python gpt.py generate --model runs/gpt-tinyshakespeare             by a model of your own
 
-The algorithm is attention, next_token, GPT, BPETokenizer, and train_step in train; the rest is
-speed and files. A run's folder holds the best model as the Hugging Face hub keeps it, so
+The algorithm is the first section, BPETokenizer, and train_step in train; the rest is speed and
+files. A run's folder holds the best model as the Hugging Face hub keeps it, so
 transformers can load it. Q3.1, Q3.2 and Q3.3 are the questions of the University of Amsterdam's
 Deep Learning Practical 3 (2023). Shapes: B texts in a batch, T tokens in each, S keys and values,
 C = n_embd, H heads, V tokens in the vocabulary.
@@ -68,18 +68,18 @@ class GPTConfig:
 
 def attention(q, k, v, mask=None, dropout_p=0.0, fused=True):
     """softmax(q k^T / sqrt(C / H)) v, scaled dot-product attention (Vaswani et al., equation 1).
-    Training uses torch's fused kernel unless --plain-attention is given: to change what is computed
-    here, give that flag.
+    Training uses torch's fused kernel for it, unless --plain-attention is given. Give this flag if
+    you change the formula below; the saved model remembers it (GPTConfig.fused).
 
     q: [B, H, T, C / H]; k and v: [B, H, S, C / H] -> [B, H, T, C / H]. mask: boolean [T, S], True
-    where a token may look; None: at itself and all before it (T = S).
+    where a token may look; None: each looks at itself and all before it (T = S).
 
     A score sums C / H products, so its variance grows with C / H. Without the division, softmax
     would give nearly all weight to one token. Q3.1, the challenge of long texts: time and memory
     grow with T * S, the length squared. A fused kernel saves the memory: it never holds all T * S
-    scores (Dao et al., 2022, arXiv:2205.14135). But time stays quadratic. Attention to the last W
-    tokens alone costs T * W; what is further away comes only through the layers (Beltagy et al.,
-    2020, arXiv:2004.05150). Q3.2, the steps: scores, mask, softmax, dropout, weighted sum.
+    scores (Dao et al., 2022, arXiv:2205.14135). But time stays quadratic. If tokens attend only to
+    the last W, time grows with T * W, and what is further away comes only through the layers
+    (Beltagy et al., 2020, arXiv:2004.05150). Q3.2, the steps: scores, mask, softmax, dropout, sum.
     """
     if not fused:
         if mask is None:
@@ -104,7 +104,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, positions=None, cache=None):
         """x: [B, T, C] -> [B, T, C]. mask: see attention. cache: [2, B, H, S, C / H], keys and
-        values, into which those of x are written at positions [T]; None: only those of x."""
+        values to look at. Those of x are written into it, at positions [T]."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, C / H]
@@ -197,7 +197,7 @@ class GPT(nn.Module):
         T, mask = idx.size(1), None  # None: each token looks at itself and those before it
         assert 0 < T <= self.config.block_size, f"{T} tokens, of at most {self.config.block_size}"
         positions = torch.arange(T, device=idx.device) if positions is None else positions
-        if cache is not None:  # it is read whole; what was not written yet is masked
+        if cache is not None:  # it is read whole: later positions, also empty ones, are masked
             mask = torch.arange(cache.size(-2), device=idx.device) <= positions[:, None]  # [T, S]
         x = self.dropout(self.wte(idx) + self.wpe(positions))  # [B, T, C]
         for i, block in enumerate(self.h):
@@ -205,8 +205,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """[..., C] -> logits [..., V]. The output layer's matrix is the tokens' embedding. (Give it
-        one of its own as self.lm_head: files know this name.)"""
+        """[..., C] -> logits [..., V]. The output layer's matrix is the tokens' embedding. (If you
+        use another here, name the layer lm_head, as files do.)"""
         return F.linear(x, self.wte.weight)
 
     def forward(self, idx, targets=None):
@@ -226,7 +226,7 @@ class GPT(nn.Module):
         # Without a cache each new token would cost a pass over the whole text. The cache keeps the
         # keys and values of all tokens so far, in each layer: they never change, because no token
         # looks at later ones. Once the window slides, all its tokens have new positions, so each
-        # token costs a whole pass. (Zeros: a masked position has the weight 0; 0 * nan is nan.)
+        # token costs a whole pass. (Zeros, because weight 0 * nan is nan.)
         cache = torch.zeros(
             config.n_layer, 2, len(idx), config.n_head, S, config.n_embd // config.n_head,
             dtype=self.wte.weight.dtype, device=idx.device)
@@ -297,7 +297,7 @@ class CharTokenizer:
 
 
 def start_token(config, tokenizer):
-    """The token that a text without a prompt starts with: the model's own, if it has one"""
+    """The token that starts a text without a prompt: the model's, or else the tokenizer's"""
     start = config.bos_token_id
     return start if start in range(config.vocab_size) else tokenizer.start
 
@@ -336,8 +336,8 @@ def find_text(data_dir):
 def read_blocks(path, limit, size=2**20):
     """Yield the first `limit` characters of a text (None: all) in blocks of about `size`.
 
-    No token of BPETokenizer has white space after another character. So blocks that end before
-    white space give the tokens of the whole text. (A cut after it could part two line ends.)
+    In a token of BPETokenizer no white space follows what is none. So blocks that end before white
+    space, all of it, have the tokens of the whole text. ("\n\n" is one token, and is not cut.)
     """
     rest, left = "", limit or sys.maxsize
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -366,8 +366,8 @@ def tokenize(path, limit, tokenizer, folder, announce=True):
         blocks = tqdm(blocks, "tokenizing", unit=" blocks", delay=1, leave=False, disable=None)
         common.save(token_file, lambda file: file.writelines(
             np.array(tokenizer.encode(block), np.int32) for block in blocks))
-    elif announce:  # changed code gives other tokens, but the file has the same name
-        print(f"tokens of an earlier run: {token_file}", file=sys.stderr)
+    elif announce:
+        print(f"{token_file}: used again. Delete it if you changed read_blocks.", file=sys.stderr)
     return np.memmap(token_file, np.int32, "r")
 
 
@@ -378,8 +378,8 @@ def windows(tokens, starts, length):
 
 @torch.no_grad()
 def evaluate(model, tokens, T, batch_size):
-    """The mean cross-entropy, in nats per token, over `tokens` in windows of T, one after another,
-    without autocast. (If there are fewer than T tokens, it is over all of them.)"""
+    """The mean cross-entropy, in nats per token, over `tokens` in windows of T, one after another.
+    (The last tokens may fill no window. If there is none at all, there is a shorter one.)"""
     device, T = model.wte.weight.device, min(T, len(tokens) - 1)
     starts = np.arange(0, len(tokens) - T, T)
     total = 0  # becomes a tensor on the device, which is read once
@@ -415,15 +415,14 @@ def train(argv):
     add("--eval-every", type=number(int, 1), default=600, help="steps between evaluations")
     add("--dropout", type=number(float, 0, 1), default=0.0, help="share that is dropped")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: for matrices")
-    add("--lr", type=number(float, 0), help="highest (None: muon 0.9 / n-embd, adamw 0.4 / n-embd)")
+    add("--lr", type=number(float, 0), help="highest rate (None: 0.9 / n-embd; adamw 0.4 / n-embd)")
     add("--plain-attention", action="store_true", help="by the formula, not by the fused kernel")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow, then fast")
-    # --limit --seed --device --no-amp --data-dir --out-dir --resume
-    common.add_run_flags(parser)
+    common.add_run_flags(parser)  # --limit --seed --device --no-amp --data-dir --out-dir --resume
     if parser.parse_known_args(argv)[0].init:
         parser.set_defaults(n_layer=None, n_head=None, n_embd=None, tokenizer=None, block_size=256,
                             batch_size=4, max_steps=100, eval_every=25, optimizer="adamw", lr=5e-5)
-    # With --resume, args are those of the run, and checkpoint its last.pt; else checkpoint is None.
+    # With --resume, args are the run's, and checkpoint what its last.pt holds; else it is None.
     args, checkpoint = common.parse_args(parser, argv, may_change={
         "text", "max_steps", "eval_every", "lr", "grad_accum", "compile"})
     if args.init and any([args.n_layer, args.n_head, args.n_embd, args.tokenizer]):
@@ -446,7 +445,7 @@ def train(argv):
                                 timeout=datetime.timedelta(days=1))
 
     # -- Text, tokenizer and model ------------------------------------------------------------
-    # The first process of a machine prepares files. The others wait here for its barrier below.
+    # The first process of a machine prepares files, up to its barrier below. Others wait here.
     if local_rank > 0:
         dist.barrier()
     args.text = args.text or str(find_text(args.data_dir))
@@ -465,7 +464,7 @@ def train(argv):
     elif args.init:
         model = GPT.from_pretrained(args.init, dropout=args.dropout, fused=not args.plain_attention)
     else:
-        multiple = 1 if args.tokenizer == "char" else 64  # faster on a GPU; no text has these ids
+        multiple = 1 if args.tokenizer == "char" else 64  # GPUs like a rounded vocab_size
         model = GPT(GPTConfig(
             vocab_size=multiple * math.ceil(len(tokenizer) / multiple), block_size=args.block_size,
             n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
@@ -481,7 +480,7 @@ def train(argv):
     train_tokens, val_tokens = tokens[:split], tokens[split:][:2**20]
     if len(train_tokens) <= T or len(val_tokens) < 2:
         raise common.UserError(f"{args.text} is too short for --block-size {T}")
-    if getattr(args, "num_tokens", len(tokens)) != len(tokens):
+    if getattr(args, "num_tokens", len(tokens)) != len(tokens):  # of a resumed run
         raise common.UserError(f"{args.text} has other tokens than when the run began")
     args.num_tokens = len(tokens)
 
@@ -494,23 +493,23 @@ def train(argv):
     muon = args.optimizer == "muon"
     if args.lr is None:
         args.lr = (0.9 if muon else 0.4) / model.config.n_embd
-    # A CUDA graph sees a change only of tensors: of this rate, and of Adam's step (capturable).
-    lr = torch.zeros((), device=device)  # filled before each step
+    # common.cuda_graph needs the rate in a tensor, which the loop below fills, and capturable=True.
+    lr = torch.zeros((), device=device)
     optimizers = [torch.optim.AdamW(
         [{"params": embeddings if muon else embeddings + matrices},
          {"params": others, "weight_decay": 0.0}], lr, betas=(0.9, 0.99), weight_decay=0.1,
         fused=True, capturable=True)]
-    if muon:  # with its usual momentum, 0.95, the validation loss ends 0.006 higher
+    if muon:  # its usual momentum is 0.95, but then the validation loss ends 0.006 higher
         optimizers.append(common.Muon(matrices, lr, weight_decay=0.1, momentum=0.9))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    rows, done = [], 0  # the results, one dict per evaluation; steps that are done
+    rows, done = [], 0  # the results, one dict per evaluation, and the number of steps
     if checkpoint:
         rows, done = checkpoint["rows"], checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
-                group["lr"] = lr  # instead of the saved one
+                group["lr"] = lr  # load_state_dict has replaced it
         if checkpoint["scaler"]:  # empty after training without float16
             scaler.load_state_dict(checkpoint["scaler"])
     if rank == 0:
@@ -530,15 +529,15 @@ def train(argv):
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    # On one GPU this Python runs for the first batches only. Then its kernels are replayed, with
-    # new dropout: numbers, branches and appends to a list are frozen. What changes must be a tensor
-    # that is assigned in place (fill_, mul_, copy_), never self.x = ...
+    # If you change this step: on one GPU its Python runs for the first batches, then only
+    # recorded GPU work is repeated, with new dropout. Python numbers and branches stay the same,
+    # lists get nothing more. What changes must be a tensor that is set by fill_ or copy_.
     def train_step(batch):  # [B / world_size, T + 1]
         loss = torch.zeros((), device=device)
         for i, part in enumerate(batch.split(part_size), 1):
             # Processes average their gradients in backward(), but only in the last part's.
-            last = world_size == 1 or i == args.grad_accum
-            with contextlib.nullcontext() if last else net.no_sync():
+            average = world_size == 1 or i == args.grad_accum
+            with contextlib.nullcontext() if average else net.no_sync():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     part_loss = net(part[:, :-1], part[:, 1:])[1] / args.grad_accum
                 scaler.scale(part_loss).backward()
@@ -547,8 +546,8 @@ def train(argv):
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            # If any gradient overflowed, no optimizer may step: clipping by an infinite norm has
-            # spoiled all gradients, but the scaler checks each optimizer alone.
+            # With a scaler, if any gradient overflowed, no optimizer may step: clipping by an
+            # infinite norm has spoiled all gradients, but it checks each optimizer alone.
             if not scaler.is_enabled() or norm.isfinite():
                 scaler.step(optimizer)
             optimizer.zero_grad()
@@ -561,17 +560,17 @@ def train(argv):
     offset, golden_ratio = random.Random(args.seed).random(), (1 + 5**0.5) / 2  # for the windows
     evaluations = [*range(0, args.max_steps, args.eval_every), args.max_steps]
     for end in [step for step in evaluations if step > done]:
-        # A resumed run draws the same dropout. (Integers have the same hash in every process.)
+        # A resumed run draws the same dropout. (A tuple of integers always has the same hash.)
         torch.manual_seed(hash((args.seed, done, rank)))
         began, steps = time.perf_counter(), end - done
         model.train()
         loss_sum = torch.zeros((), device=device)
         for step in tqdm(range(done, end), f"to {end}", leave=False, disable=rank > 0 or None):
-            # Up in the first hundredth of all steps, then down to 0 (more --max-steps lift it).
+            # Up in the first hundredth of all steps, then down to 0
             progress = (step + 0.5) / args.max_steps
             lr.fill_(args.lr * min(progress / 0.01, (1 - progress) / 0.99))
             # Window n begins at this fraction of the text. The fractions fill 0..1 evenly (Weyl,
-            # 1916): windows with as many tokens in all as the text cover 89% of it (63% if random).
+            # 1916): as many tokens as the text has are 86 to 89% of it (63% if windows are random).
             n = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
             fractions = (offset + n * golden_ratio) % 1
             starts = (fractions * (len(train_tokens) - T)).astype(np.int64)
@@ -580,7 +579,7 @@ def train(argv):
             if device.type == "cuda":
                 batch = batch.pin_memory()  # or the copy would wait for the device
             loss_sum += train_step(batch.to(device, non_blocking=True))
-            done = step + 1  # a checkpoint saved here would be resumed here
+            done = step + 1  # so a checkpoint that you save here is resumed here
         if world_size > 1:
             dist.all_reduce(loss_sum)
         train_loss = loss_sum.item() / world_size / steps  # waits for the device
@@ -618,7 +617,7 @@ def train(argv):
 
 
 # -- The generate command ---------------------------------------------------------------------
-# One function, too; its model and tokenizer come from the last section.
+# One function, too; its model and tokenizer come from the section on the hub's files.
 
 
 def generate(argv):
@@ -649,7 +648,7 @@ def generate(argv):
         ids = tokenizer.encode(prompt) or [start_token(model.config, tokenizer)]
     if len(ids) > (room := model.config.block_size):
         print(f"the model sees the last {room:,} tokens of {len(ids):,}", file=sys.stderr)
-    ends = np.ravel(model.config.eos_token_id).tolist()  # a list, also of one or of None
+    ends = np.ravel(model.config.eos_token_id).tolist()  # several, one or [None]
     idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)
     torch.manual_seed(args.seed)
     tokens = model.stream(

@@ -1070,7 +1070,7 @@ class Training(TemporaryFolder):
         with mock.patch.object(letters, "encode", side_effect=AssertionError):
             _, _, err = run_script(mock.Mock(main=lambda _: gpt.tokenize(
                 "text.txt", None, letters, runs)))
-        self.assertRegex(err, r"^tokens of an earlier run: runs.tokens-\w+\.bin\n$")
+        self.assertRegex(err, r"^runs.tokens-\w+\.bin: used again")
         Path("text.txt").write_text("a" * (2**20 - 2) + "c d")  # a special token is not cut
         tokens = gpt.tokenize("text.txt", None, tokenizers[2], runs)
         self.assertEqual(tokens[-2:].tolist(), [97, 256])
