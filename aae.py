@@ -331,7 +331,7 @@ def main(argv=None):
     def train_step(indices):
         x = to_float(train[indices])  # [B, C, H, W]
         # -- Phase 1, encoder and decoder: reconstruct, and fool the discriminator ------------
-        # One step for both aims, as in the practical's template. (The paper takes a step for each.)
+        # One step for both aims, as in the practical's template (its text and the paper take two).
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             recon, z = model(x)
             loss, rec, gen = model.autoencoder_loss(x, recon, z, args.lam)
