@@ -449,7 +449,6 @@ def train(argv):
     if local_rank > 0:
         dist.barrier()
     args.text = args.text or str(find_text(args.data_dir))
-    name = f"gpt-{Path(args.text).stem}"
     torch.manual_seed(args.seed)
     with user_errors(args.text):
         source = args.resume or args.init or args.tokenizer
@@ -471,7 +470,8 @@ def train(argv):
             fused=not args.plain_attention, eos_token_id=tokenizer.end_of_text,
             bos_token_id=tokenizer.start))
     # All three ways to a model meet here. Change it here (freeze weights by requires_grad_(False),
-    # add LoRA's matrices): a resumed run is then changed, too, and gets its weights below.
+    # add LoRA's matrices, which save_model has to get merged, W + B A): a resumed run is then
+    # changed, too, and gets its weights below.
     if world_size > 1 and local_rank == 0:
         dist.barrier()
     model.to(device)
@@ -512,6 +512,7 @@ def train(argv):
                 group["lr"] = lr  # load_state_dict has replaced it
         if checkpoint["scaler"]:  # empty after training without float16
             scaler.load_state_dict(checkpoint["scaler"])
+    name = f"gpt-{Path(args.text).stem}"
     if rank == 0:
         run = Path(args.resume or common.new_run_folder(args.out_dir or f"runs/{name}"))
         common.write_json(run / "args.json", vars(args), indent=2)
@@ -546,10 +547,10 @@ def train(argv):
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            # With a scaler, if any gradient overflowed, no optimizer may step: clipping by an
-            # infinite norm has spoiled all gradients, but it checks each optimizer alone.
+            # If any gradient overflowed in float16, no optimizer may step: clipping by an infinite
+            # norm has spoiled all gradients. (scaler.step would check each optimizer alone.)
             if not scaler.is_enabled() or norm.isfinite():
-                scaler.step(optimizer)
+                optimizer.step()
             optimizer.zero_grad()
         scaler.update()
         return loss
