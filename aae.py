@@ -186,8 +186,8 @@ class AdversarialAE(nn.Module):
         are detached from the encoder, which must not learn from this. If codes are distributed as
         the prior, the best possible loss is ln 2 and the accuracy 0.5: success, not failure.
         """
-        real = self.discriminator(sample_prior(*z.shape, z.device))  # [B, 1]
-        fake = self.discriminator(z)
+        both = torch.cat([sample_prior(*z.shape, z.device), z])  # [2 B, z_dim]
+        real, fake = self.discriminator(both).chunk(2)  # [B, 1] each
         # The mean of -log D(real) and -log(1 - D(fake)), computed from their logits
         loss = (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
                 + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
