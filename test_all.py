@@ -231,8 +231,9 @@ class VAE(unittest.TestCase):
                 super().__init__(*args, **kwargs, bias=False)
 
         with mock.patch.object(nn, "Conv2d", Unbiased):
-            sum(vae.VAE(2, 4)(self.images[:2])).backward()
-            aae.AdversarialAE(2, num_filters=4)
+            models = vae.VAE(2, 4), aae.AdversarialAE(2, num_filters=4)
+        for model in models:
+            self.assertIsNone(model.encoder.net[0].bias)
 
     def test_samples_follow_the_decoders_categorical_distribution(self):
         model = vae.VAE(z_dim=2, num_filters=4, channels=2)
@@ -1099,6 +1100,7 @@ class Training(TemporaryFolder):
             self.succeed(gpt, *GPT_RUN.split(), "--max-steps", 15, "--out-dir", "a", "--compile")
         with mock.patch.object(torch, "compile", side_effect=RuntimeError):
             self.succeed(gpt, "train", "--resume", "a", "--max-steps", 30, "--no-compile")
+        self.assertEqual([row["step"] for row in read_rows("a")], [15, 30])
 
     def test_a_run_that_is_saved_between_evaluations_goes_on_from_there(self):
         save = inspect.getsource(gpt.train).split("        common.save_checkpoint(")[1]
