@@ -2,7 +2,7 @@
 
     python test_all.py             all tests, without a network
     python test_all.py -k resume   those with "resume" in their name
-    python test_all.py --bench     speed, beside the ordinary way of doing the same work
+    python test_all.py --bench     speed, beside the usual way (needs DATA_DIR and transformers)
 
 DATA_DIR names a folder with the real MNIST (MNIST/raw/...), GPT-2's tokenizer (gpt2/vocab.json and
 merges.txt) and tinyshakespeare.txt; RANDOM_STRINGS says how many the tokenizer is tried on. Tests
@@ -10,7 +10,6 @@ that miss these files, transformers or tiktoken are skipped, and say so.
 """
 
 import argparse
-import builtins
 import concurrent.futures
 import contextlib
 import functools
@@ -52,7 +51,7 @@ import vae
 
 HERE = Path(__file__).resolve().parent
 DATA_DIR = Path(os.environ.get("DATA_DIR", "not given")).absolute()
-needs_processes = unittest.skipUnless(hasattr(os, "fork"), "starts processes as POSIX systems do")
+needs_posix = unittest.skipUnless(os.name == "posix", "needs the links or processes of POSIX")
 render_glyphs = functools.cache(common.render_glyphs)  # tests render them once
 PICTURES = [(vae, "save_pictures", vae.save_pictures), (aae, "save_pictures", aae.save_pictures),
             (common, "save_curves", common.save_curves)]
@@ -105,7 +104,7 @@ class TemporaryFolder(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.addCleanup(folder.cleanup)
-        self.addCleanup(os.chdir, os.getcwd())  # comes first: Windows removes no folder in use
+        self.addCleanup(os.chdir, os.getcwd())  # called first: Windows removes no folder in use
         os.chdir(folder.name)
         torch.manual_seed(0)
         self.patch(common, "render_glyphs", render_glyphs)
@@ -118,27 +117,26 @@ class TemporaryFolder(unittest.TestCase):
         self.addCleanup(patch.stop)
 
     def succeed(self, script, *argv):
-        """-> what the script printed, which ended as it should"""
+        """Run the script, which has to end with status 0. -> what it printed"""
         status, out, err = run_script(script, *argv)
         self.assertEqual(status, 0, err)
         return out
 
     def refuse(self, script, *argv, naming):
-        """The script ends in one line that names something, and status 2, and changes no file."""
-        def files():  # but those with tokens, which the next run can use
+        """The script has to end with status 2 and a line that names something, and change no file
+        but those with tokens, which the next run can use."""
+        def files():
             return {path: path.read_bytes() for path in Path().rglob("*")
                     if path.is_file() and not path.match("data/tokens-*.bin")}
 
         before = files()
         status, out, err = run_script(script, *argv)
-        self.assertEqual((status, out), (2, ""), argv)
-        self.assertRegex(err.splitlines()[-1], naming)
-        self.assertNotIn("Traceback", err)
-        self.assertEqual(files(), before)
+        self.assertEqual((status, out, files()), (2, "", before), argv)
+        self.assertRegex(err.splitlines()[-1], f"error: .*{re.escape(naming)}")
 
 
 class VAE(TemporaryFolder):
-    def test_pixels_become_4_bits_by_the_formula_of_the_practical(self):
+    def test_pixels_are_reduced_to_16_values_as_the_assignment_says(self):
         x = torch.arange(256, dtype=torch.uint8)
         identical(vae.to_4_bits(x), (x.double() / 255 * 16).floor().clamp(max=15).to(torch.uint8))
         with mock.patch.object(vae, "NUM_VALUES", 256):
@@ -157,13 +155,12 @@ class VAE(TemporaryFolder):
         expected = -categorical.log_prob(x).sum((1, 2, 3))
         assert_close(vae.reconstruction_loss(logits, x.to(torch.uint8)), expected)
         uniform = vae.reconstruction_loss(0 * logits, x)
-        assert_close(vae.elbo_to_bpd(uniform, x.shape), torch.full((4,), 4.))  # of 16 values
+        assert_close(vae.elbo_to_bpd(uniform, x.shape), torch.full((4,), 4.))  # log2(16) bits
 
-    def test_loss_gradients_and_both_estimates_of_log_p_x_equal_integrals_over_z(self):
+    def test_the_loss_its_gradient_and_both_estimates_of_log_p_x_equal_numerical_integrals(self):
         mean, log_std = torch.tensor([0.3, -0.2], requires_grad=True)  # of q(z|x), for every x
-        slopes, x = torch.randn(64), torch.randint(16, (8, 1, 2, 2))  # logits are linear in z
-        model = vae.VAE(z_dim=1, num_filters=4)
-        model.image_shape = (1, 2, 2)
+        x, slopes = torch.randint(16, (8, 1, 2, 2)), torch.randn(64)  # logits are linear in z
+        model = vae.VAE(z_dim=1, num_filters=4, image_size=2)
         model.encoder.forward = lambda x: (mean.expand(len(x), 1), log_std.expand(len(x), 1))
         model.decoder.forward = lambda z: (z * slopes).view(-1, 16, 1, 2, 2)
 
@@ -183,7 +180,7 @@ class VAE(TemporaryFolder):
             estimate = vae.log_likelihood(model, x, 10_000, from_prior)
             assert_close(estimate, log_p.detach(), atol=0.05, rtol=0)
 
-    def test_evaluation_weighs_each_image_the_same_and_gives_the_same_result_again(self):
+    def test_evaluation_weighs_every_image_equally_and_is_repeatable(self):
         images = vae.to_4_bits(render_glyphs()[0][:101])  # the last batch has one
         rec, kl = vae.evaluate(lambda x: (x.double().mean(), -x.double().mean()), images)
         self.assertAlmostEqual(rec, images.double().mean().item(), places=9)
@@ -191,25 +188,26 @@ class VAE(TemporaryFolder):
         model = vae.VAE(num_filters=4)
         self.assertEqual(vae.evaluate(model, images), vae.evaluate(model, images))
 
-    def test_log_std_is_bounded_and_has_a_gradient_at_the_bounds(self):
+    def test_log_std_is_bounded_and_keeps_a_gradient_near_the_bounds(self):
         encoder = vae.Encoder(z_dim=4)
         nn.init.zeros_(encoder.log_std.weight)
         encoder.log_std.bias.data = torch.tensor([1., 100, -100, 15])
         _, log_std = encoder(torch.zeros(1, 1, 28, 28))
         assert_close(log_std, torch.tensor([[1., 5, -5, 5]]), atol=0.03, rtol=0)
         log_std.sum().backward()
-        self.assertGreater(encoder.log_std.bias.grad[3].item(), 1e-3)
+        self.assertGreater(encoder.log_std.bias.grad[3].item(), 1e-3)  # of 15
 
-    def test_samples_follow_the_decoders_categorical_distribution(self):
-        model = vae.VAE(z_dim=2, num_filters=4, channels=2)
-        logits = torch.randn(16, 2)  # of each channel, the same for every pixel
-        nn.init.zeros_(model.decoder.net[-2].weight)
+    def test_samples_follow_the_prior_and_the_decoders_categorical_distribution(self):
+        model, logits, latents = vae.VAE(z_dim=2, num_filters=4, channels=2), torch.randn(16, 2), []
+        model.decoder.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
+        nn.init.zeros_(model.decoder.net[-2].weight)  # so each pixel of a channel has these logits
         model.decoder.net[-2].bias.data = logits.flatten()
-        x = model.sample(200).movedim(1, -1)  # [200, 28, 28, 2]
+        x = model.sample(300).movedim(1, -1)  # [300, 28, 28, 2]
         shares = F.one_hot(x, 16).double().mean((0, 1, 2))  # [2, 16]
         assert_close(shares, logits.T.softmax(1).double(), atol=0.005, rtol=0)
+        assert_close(latents[0].T.cov(), torch.eye(2), atol=0.3, rtol=0)
 
-    def test_the_plane_shows_the_priors_percentiles_growing_right_and_up_decoded_in_parts(self):
+    def test_the_plane_of_latents_shows_the_priors_percentiles_growing_right_and_up(self):
         decoder, rows = vae.Decoder(z_dim=2, num_filters=4), []
         decoder.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0]))
         self.assertEqual(vae.visualize_manifold(decoder, 3).shape, (9, 1, 28, 28))
@@ -237,7 +235,7 @@ class AAE(TemporaryFolder):
         self.assertEqual(accuracy, ((D_prior > 0.5).sum() + (D <= 0.5).sum()) / 128)
 
     @torch.no_grad()
-    def test_only_deterministic_codes_repeat_and_gaussian_ones_have_their_mean_and_std(self):
+    def test_deterministic_codes_repeat_and_gaussian_codes_have_the_encoders_mean_and_std(self):
         x = torch.rand(1, 1, 28, 28).expand(5_000, -1, -1, -1)
         for posterior in POSTERIORS:
             spread = aae.Encoder(2, posterior)(x[:200]).std(0)
@@ -246,21 +244,21 @@ class AAE(TemporaryFolder):
         encoder.out.weight.zero_()
         encoder.out.bias.copy_(torch.tensor([1., -2., math.log(0.5), 0.]))  # mean, log std
         z = encoder(x)
-        assert_close(z.mean(0), torch.tensor([1., -2]), atol=0.05, rtol=0)
-        assert_close(z.std(0), torch.tensor([0.5, 1]), atol=0.02, rtol=0)
-        encoder.out.bias.fill_(1e4)
+        assert_close(z.mean(0), torch.tensor([1., -2]), atol=0.06, rtol=0)
+        assert_close(z.std(0), torch.tensor([0.5, 1]), atol=0.05, rtol=0)
+        encoder.out.bias.fill_(1e4)  # whose exp is infinite
         self.assertTrue(encoder(x[:10]).isfinite().all())
 
     def test_the_sliced_wasserstein_distance_has_its_closed_form_values(self):
         a, distance = torch.randn(20_000, 1), aae.sliced_wasserstein
-        self.assertAlmostEqual(distance(a, a + 0.7, 50), 0.7, places=5)  # a shift
-        self.assertAlmostEqual(distance(a, a.flip(0), 50), 0, places=6)  # the same set
+        self.assertAlmostEqual(distance(a, a + 0.7), 0.7, places=5)  # a shift
+        self.assertAlmostEqual(distance(a, a.flip(0)), 0, places=6)  # the same set
         a = torch.randn(2000, 2)
         shifted = distance(a, a + torch.tensor([3., 4]), 10_000)  # 5 times the mean of |cos|
         self.assertAlmostEqual(shifted, 5 * 2 / math.pi, delta=0.05)
 
-    def test_draws_of_any_prior_are_at_the_relative_distance_1_and_other_codes_farther(self):
-        generator = torch.Generator().manual_seed(3)  # evaluate seeds torch's own
+    def test_the_distance_is_near_1_for_draws_of_any_prior_and_larger_for_other_codes(self):
+        generator = torch.Generator()  # evaluate seeds torch's own, and draws the prior from it
         images = render_glyphs()[0][:2001]  # the last batch has one
         self.patch(aae, "sample_prior", lambda n, z_dim, _: 7 + 0.01 * torch.randn(n, z_dim))
         for spread, low, high in ((0.01, 0.8, 1.25), (0.012, 3, 20)):
@@ -286,13 +284,13 @@ class Common(TemporaryFolder):
         for _ in range(3):
             for x, y in zip(ours, theirs, strict=True):
                 x.grad = torch.randn_like(x)
-                y.grad = x.grad.flatten(1)
+                y.grad = x.grad.flatten(1).clone()
             a.step()
             b.step()
         for x, y, first in zip(ours, theirs, before, strict=True):  # torch's is in bfloat16
             self.assertLess((x.flatten(1) - y).norm(), 0.01 * (y - first).norm())
 
-    def test_muon_keeps_the_contract_of_torchs_optimizers(self):
+    def test_muon_takes_a_closure_and_a_generator_and_skips_what_has_no_gradient(self):
         weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(3)]
         optimizer = common.Muon((weight for weight in weights), lr=0.1, weight_decay=0.1)
 
@@ -327,42 +325,41 @@ class Common(TemporaryFolder):
         recorded, direct = losses(common.cuda_graph), losses(lambda step: step)
         assert_close(torch.stack([*recorded]), torch.stack([*direct]), rtol=1e-5, atol=0)
 
-    def test_the_result_of_a_recorded_step_is_not_overwritten_by_the_next_call(self):
+    def test_the_result_of_a_recorded_cuda_graph_survives_the_next_call(self):
         with mock.patch.object(torch.cuda, "CUDAGraph"), mock.patch.object(torch.cuda, "graph"):
             step = common.cuda_graph(lambda x: x + 1)  # a stand-in, which replays nothing
             results = [step(torch.ones(2)) for _ in range(6)]
         self.assertEqual(len({result.data_ptr() for result in results}), 6)
 
-    def test_two_runs_never_share_a_folder_even_if_they_start_at_once(self):
+    def test_two_runs_never_share_a_folder_even_if_they_start_at_the_same_moment(self):
         Path("runs/a").mkdir(parents=True)
-        for expected in ("a", "a-2", "a-3"):  # no run was in the first
+        for expected in ("a", "a-2", "a-3"):  # the first was there, but empty
             self.assertEqual(common.new_run_folder("runs/a"), Path("runs", expected))
         with concurrent.futures.ThreadPoolExecutor(20) as pool:
             self.assertEqual(len(set(pool.map(common.new_run_folder, ["b"] * 20))), 20)
             # All threads have the same process number, like the processes of several containers.
-            [*pool.map(common.write_json, ["c.json"] * 20, range(20))]
-        self.assertLess(json.loads(Path("c.json").read_text()), 20)
-        os.symlink("not/mounted", "broken")
-        self.assertRaises(FileExistsError, common.new_run_folder, "broken/a")
+            [*pool.map(common.write_json, ["c.json"] * 20, range(20))]  # none spoils another's
+        self.assertRaises(FileExistsError, common.new_run_folder, "c.json")  # is no endless loop
 
-    def test_paths_may_have_a_tilde_or_a_slash_at_their_end_and_output_any_character(self):
+    def test_paths_may_start_with_a_tilde_or_end_with_a_slash(self):
         with mock.patch.dict(os.environ, HOME=os.getcwd(), USERPROFILE=os.getcwd()):
-            args, _ = load("--dataset", "glyphs", "--out-dir", "~/run", "--data-dir", "data/")
-        self.assertEqual([args.out_dir, args.data_dir], [os.path.abspath("run"),
-                                                         os.path.abspath("data")])
+            self.assertEqual(common.absolute_path("~/run"), os.path.abspath("run"))
+        self.assertEqual(common.absolute_path("run/"), os.path.abspath("run"))
+
+    def test_any_character_can_be_printed(self):
         with mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252")) as out:
             common.run_script(lambda: print("фото \udcff", flush=True))
         self.assertEqual(out.buffer.getvalue().decode(), f"фото \\udcff{os.linesep}")
 
-    def test_a_file_is_written_whole_or_not_at_all_and_a_pickle_that_runs_code_is_not_run(self):
+    def test_a_file_is_written_whole_or_not_at_all_and_code_in_a_pickle_is_not_run(self):
         checkpoint = {"model": {"w": torch.arange(1000.)}, "args": {"script": "vae.py"}}
         common.save_checkpoint(Path("last.pt"), checkpoint)
-        with self.assertRaises(KeyError):  # a stop in the middle
-            common.save(Path("last.pt"), lambda file: file.write(b"half") and {}["a key"])
+        with self.assertRaises(ZeroDivisionError):  # a stop in the middle
+            common.save(Path("last.pt"), lambda file: file.write(b"half") / 0)
         identical(common.load_checkpoint(Path("last.pt"), "vae.py")["model"], checkpoint["model"])
         Harm = type("Harm", (), {"__reduce__": lambda self: (open, ("harm", "w"))})
         torch.save(checkpoint | {"x": Harm()}, "last.pt")
-        self.refuse(vae, "--resume", ".", naming="last.pt")  # and makes no file
+        self.refuse(vae, "--resume", ".", naming="last.pt")  # the file "harm" is not there either
 
 
 def load(*argv):
@@ -375,7 +372,8 @@ def load(*argv):
 
 
 def write_pictures(folder):
-    """40 pictures in two folders: the upper half is light, the lower one darker in some."""
+    """40 pictures, in folder a and b in turn: the i-th is grey, 5 i, in its lower half, and has red
+    250 in the upper one."""
     for i in range(40):
         path = Path(folder, "ab"[i % 2], f"{i:02d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -385,9 +383,9 @@ def write_pictures(folder):
 
 
 class Images(TemporaryFolder):
-    def test_any_image_shape_can_be_trained_and_another_is_refused(self):
+    def test_every_weight_learns_for_any_image_shape_and_other_input_is_refused(self):
         for channels, size in ((1, 28), (3, 32), (3, 64), (1, 45), (4, 17), (2, 8)):
-            for posterior in (None, *POSTERIORS):
+            for posterior in (None, *POSTERIORS):  # None: a VAE
                 integers = torch.randint(16, (3, channels, size, size), dtype=torch.uint8)
                 if posterior is None:
                     x, other = integers, integers.float()
@@ -404,18 +402,19 @@ class Images(TemporaryFolder):
                 for wrong in (other, x[:, 1:], x[..., 1:], x[:, 0]):
                     self.assertRaises(AssertionError, model, wrong)
 
-    def test_glyphs_are_the_same_every_time_and_show_all_digits(self):
+    def test_digits_drawn_from_fonts_are_the_same_every_time_with_all_ten_labels(self):
         images, labels = render_glyphs()
         identical((images, labels), render_glyphs.__wrapped__())
         self.assertGreater(torch.bincount(labels, minlength=10).min().item(), 6000)
 
     def test_the_split_into_train_val_and_test_is_fixed_and_limit_keeps_the_first_of_each(self):
-        args, splits = load("--dataset", "glyphs", "--seed", 1)
+        _, splits = load("--dataset", "glyphs", "--seed", 1)  # the split has a seed of its own
         generator = torch.Generator().manual_seed(42)
         order = torch.randperm(60_000, generator=generator)
         order = torch.cat([order, 60_000 + torch.randperm(10_000, generator=generator)])
-        for whole, parts in zip(render_glyphs(), zip(*splits, strict=True), strict=True):
-            identical(torch.cat(parts), whole[order])  # of images, then of labels
+        all_images, all_labels = render_glyphs()
+        identical(torch.cat([images for images, _ in splits]), all_images[order])
+        identical(torch.cat([labels for _, labels in splits]), all_labels[order])
         self.assertEqual([len(labels) for _, labels in splits], [54_000, 6000, 10_000])
         _, few = load("--dataset", "glyphs", "--limit", 100)
         for some, (images, labels), n in zip(few, splits, (100, 10, 10), strict=True):
@@ -434,7 +433,7 @@ class Images(TemporaryFolder):
             with self.assertRaisesRegex(common.UserError, "data/MNIST/raw cannot be read"):
                 load()
 
-    def test_offline_glyphs_replace_mnist_only_if_no_dataset_or_folder_was_named(self):
+    def test_without_a_network_glyphs_replace_mnist_unless_a_dataset_or_folder_was_named(self):
         from torchvision import datasets
 
         self.patch(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
@@ -454,7 +453,8 @@ class Images(TemporaryFolder):
             identical(images[:, 2, -1, 0] // 5 % 2, labels.to(torch.uint8))
             self.assertTrue((images[:, 0, 0] == 250).all())
 
-    def test_linked_folders_are_read_once_broken_links_named_and_hidden_names_left_out(self):
+    @needs_posix
+    def test_linked_folders_are_read_once_and_hidden_files_skipped_and_broken_links_named(self):
         write_pictures("elsewhere")
         Path("photos").mkdir()
         for target, name in (("../elsewhere/a", "a"), ("../photos", "loop"), ("no", "broken.png")):
@@ -467,13 +467,13 @@ class Images(TemporaryFolder):
         self.assertEqual((len(images), labels.unique().tolist()), (20, [0]))
         self.assertRegex(err.getvalue(), "^warning: photos/broken.png is left out .*\n$")
 
-    def test_palette_alpha_16_bit_and_rotated_pictures_look_as_in_a_viewer(self):
+    def test_palette_alpha_16_bit_and_rotated_pictures_load_as_a_viewer_shows_them(self):
         pixels = np.zeros((40, 40, 3), dtype=np.uint8)
         pixels[:20] = 200  # light above, dark below
         picture, light, turned = Image.fromarray(pixels), pixels[..., 0], Image.Exif()
         turned[0x0112] = 6  # "turn it by 90 degrees", as a phone writes it
         picture.rotate(90).save("turned.jpg", exif=turned)
-        for mode in ("LA", "RGBA"):  # black; above white shines through to 200 of 255
+        for mode in ("LA", "RGBA"):  # black; over white the upper half looks like 200
             icon = Image.new(mode, (40, 40))
             icon.putalpha(Image.fromarray(255 - light))
             icon.save(f"{mode}.png")
@@ -496,19 +496,20 @@ TOKENS = torch.randint(61, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
 def small_gpt(**changes):
-    """A GPT in float64 whose attention is far from uniform, like a trained one's"""
+    """The same GPT each time, in float64. Its attention is far from uniform, as after training."""
     config = dict(vocab_size=61, block_size=24, n_layer=3, n_head=4, n_embd=32) | changes
-    model = gpt.GPT(gpt.GPTConfig(**config)).double()
     torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(**config)).double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
 class GPTModel(TemporaryFolder):
     def test_attention_is_causal_and_the_loss_is_the_cross_entropy_of_the_targets(self):
         for fused in (True, False):
-            model, targets = small_gpt(fused=fused), TOKENS.roll(-1, 1)
+            model, targets = small_gpt(fused=fused), (TOKENS + 1) % 61
             logits, loss = model(TOKENS, targets)
             changed = torch.cat([TOKENS[:, :12], targets[:, 12:]], 1)
             same = (model(changed)[0] - logits).abs().amax((0, 2)) < 1e-9  # [T]
@@ -516,7 +517,7 @@ class GPTModel(TemporaryFolder):
             of_targets = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
             assert_close(loss, -of_targets.mean())
 
-    def test_fused_and_plain_attention_have_equal_values_gradients_and_dropout(self):
+    def test_fused_and_plain_attention_agree_in_values_gradients_and_dropout(self):
         q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64).requires_grad_()
         some = torch.rand(5, 9) < torch.tensor([1] + [0.5] * 8)  # each sees the first at least
         for query, mask in ((q, None), (q[:, :, :5], some)):
@@ -525,9 +526,10 @@ class GPTModel(TemporaryFolder):
                 y = gpt.attention(query, k, v, mask, fused=fused)
                 results.append([y, *torch.autograd.grad(y.square().sum(), [query, k, v])])
             assert_close(*results, rtol=1e-9, atol=1e-12)
-        for fused in (True, False):
-            y = gpt.attention(*torch.ones(3, 100, 1, 30, 8), dropout_p=0.5, fused=fused)
-            self.assertTrue(0.95 < y.mean() < 1.05 and y.std() > 0.1)
+        results = [gpt.attention(*torch.ones(3, 1000, 1, 30, 8), dropout_p=0.5, fused=fused)
+                   for fused in (True, False)]  # mean 1
+        assert_close(results[0].std(), results[1].std(), rtol=0.05, atol=0)
+        assert_close(results[0].mean(), results[1].mean(), rtol=0.02, atol=0)
 
     def test_a_new_model_has_gpt2s_initial_weights(self):
         model = gpt.GPT(gpt.GPTConfig(1000, 64, n_layer=8, n_head=4, n_embd=128))
@@ -539,7 +541,7 @@ class GPTModel(TemporaryFolder):
             else:
                 self.assertTrue((w == (1 if name.endswith("weight") else 0)).all(), name)
 
-    def test_text_with_the_cache_equals_that_without_also_past_the_block(self):
+    def test_generated_text_is_the_same_with_and_without_the_cache_also_past_the_block_size(self):
         def rubbish(*size, **options):  # in places of the cache that are not used yet
             return torch.full(size, 100.0, **options)
 
@@ -559,7 +561,7 @@ class GPTModel(TemporaryFolder):
         with torch.autocast("cpu", torch.bfloat16):  # the cache is in float32
             self.assertEqual(small_gpt().float().generate(TOKENS, 9).shape, (5, 33))
 
-    def test_a_change_of_q_and_k_where_they_are_split_is_cached_too(self):
+    def test_a_change_of_q_and_k_where_attention_splits_them_works_with_the_cache_too(self):
         def turn(x, positions):  # rotary positions, one frequency for all pairs
             angle, (left, right) = 0.3 * positions[:, None], x.chunk(2, dim=-1)
             return torch.cat([left * angle.cos() - right * angle.sin(),
@@ -585,13 +587,13 @@ class GPTModel(TemporaryFolder):
                 (p, {"top_k": 1}, greedy), (p, {"top_k": 2}, two), (p, {"top_p": 0}, greedy),
                 (p, {"top_p": 0.4}, greedy), (p, {"top_p": 0.51}, two), (p, {"top_p": 0.9}, two),
                 (p, {"top_p": 0.92}, p), ([0.5, 0.25, 0.25], {"top_p": 0.5}, [1, 0, 0]),
-                (p, {"top_k": 2, "top_p": 0.54}, greedy),  # of two 0.5 has a share of 0.55
+                (p, {"top_k": 2, "top_p": 0.54}, greedy),  # 0.5 / 0.91 = 0.55
                 ([0.25] * 4, {"top_k": 0}, [1] * 4), ([0.25] * 4, {"top_k": 10**6}, [1] * 4)):
             torch.manual_seed(0)
             tokens = gpt.next_token(torch.tensor(probs).log().expand(20_000, -1), **sampling)
             shares = torch.bincount(tokens.flatten(), minlength=len(probs)) / 20_000
             expected = torch.tensor(expected) / sum(expected)
-            assert_close(shares, expected, atol=0.02, rtol=0, msg=f"{sampling}")
+            assert_close(shares, expected, atol=0.02, rtol=0)
             self.assertEqual(shares.count_nonzero(), expected.count_nonzero(), sampling)
         for sampling in ({"top_k": 3}, {"top_p": 0.75}):  # three of four equal ones
             tokens = gpt.next_token(torch.zeros(2000, 4), **sampling)
@@ -609,7 +611,7 @@ def import_transformers(test):
 
 
 def byte_tokenizer(*merges, special=()):
-    """A vocabulary of bytes, as GPT-2 writes them (Ġ: a space, Ċ: a line end), merges and more"""
+    """A vocabulary of bytes, as GPT-2 writes them (Ġ: a space, Ċ: \\n, č: \\r), merges and more"""
     visible = {*range(33, 127), *range(161, 256)} - {173}
     hidden = [byte for byte in range(256) if byte not in visible]
     tokens = [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
@@ -637,7 +639,7 @@ class Tokenizers(TemporaryFolder):
         text, ids = " <|user|><|user|>!<|user<|endoftext|>", [32, 257, 258, *b"<|", 259, 256]
         self.assertEqual((tokenizer.encode(text), tokenizer.decode(ids)), (ids, text))
 
-    def test_decoding_waits_for_whole_characters_and_takes_any_ids(self):
+    def test_streamed_text_comes_in_whole_characters_and_unknown_ids_do_no_harm(self):
         for ids, parts in ((b"n\n", "n|\n|"), ("é".encode(), "|é|"), ("😀".encode(), "|||😀|"),
                            ([0xff, 10**9], "\ufffd|\ufffd|"), ([0xc3, 0x28], "|\ufffd(|"),
                            ([0xc3], "|\ufffd")):  # the last part comes after all ids
@@ -645,7 +647,7 @@ class Tokenizers(TemporaryFolder):
 
     @unittest.skipUnless(find_spec("tiktoken"), "tiktoken is not installed")
     @unittest.skipUnless((DATA_DIR / "gpt2").is_dir(), "DATA_DIR has no GPT-2 tokenizer")
-    def test_random_strings_and_tiny_shakespeare_have_the_ids_of_tiktoken(self):
+    def test_token_ids_equal_those_of_tiktoken_also_for_random_strings(self):
         import tiktoken.load
 
         folder, generator = DATA_DIR / "gpt2", random.Random(0)
@@ -664,10 +666,10 @@ class Tokenizers(TemporaryFolder):
             texts.append("".join(generator.choices(pool, k=generator.randrange(40))))
         for text in texts:
             ids = ours.encode(text)
-            self.assertEqual(ids, theirs.encode(text, allowed_special="all"))
+            self.assertTrue(ids == theirs.encode(text, allowed_special="all"), text[:99])
             self.assertEqual(ours.decode(ids), text)
 
-    def test_blocks_of_a_text_have_the_tokens_of_the_whole_text_and_limit_cuts_it(self):
+    def test_a_text_tokenized_in_pieces_has_the_tokens_of_the_whole_and_limit_shortens_it(self):
         tokenizer = byte_tokenizer("Ġ Ġ", "Ċ Ċ", "č Ċ", "Ċ Ġ", "a b", "Ġ a", special=["<|"])
         for white in (" ", "\n", "\r\n", "\n\n\n", "  \x1c\n", "\x1c", "\u3000\x85\n", ""):
             parts = ["abab", "a", "1", "!", "é😀", "'s", "<|", " ", white, white, white]
@@ -718,8 +720,8 @@ class Pretrained(TemporaryFolder):
         super().setUp()
         write_folder("m", byte_tokenizer("a b"))
 
-    def test_weights_load_under_all_names_that_files_have_for_them(self):
-        import_transformers(self)
+    @unittest.skipUnless(find_spec("safetensors"), "safetensors is not installed")
+    def test_weights_load_under_every_name_that_public_files_use(self):
         from safetensors.torch import save_file
 
         named = dict(gpt.read_tensors(Path("m/model.safetensors")))
@@ -727,14 +729,14 @@ class Pretrained(TemporaryFolder):
         more = {"h.0.attn.bias": torch.ones(1, 1, 24, 24, dtype=torch.bool),
                 "h.1.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": bare["wte.weight"]}
         only_head = {name: w for name, w in (bare | more).items() if name != "wte.weight"}
-        # An index of shards comes after a whole file.
+        # If there is a whole file, an index of several is not read.
         common.write_json("m/model.safetensors.index.json", {"weight_map": {"wte": "none"}})
         for saved in (bare, bare | more, only_head):
             save_file({name: w.clone() for name, w in saved.items()}, "m/model.safetensors")
             identical(gpt.GPT.from_pretrained("m").state_dict(), small_gpt().float().state_dict())
 
     @torch.no_grad()
-    def test_an_output_layer_of_its_own_is_kept_and_refused_by_a_class_without_it(self):
+    def test_an_untied_output_layer_is_kept_and_refused_by_a_class_without_one(self):
         layer = "self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)"
         Untied = changed_copy(gpt, ("# Normal, as in", f"{layer}\n        # Normal, as in"),
                               ("F.linear(x, self.wte.weight)", "self.lm_head(x)")).GPT
@@ -742,11 +744,11 @@ class Pretrained(TemporaryFolder):
             saved = small_gpt().float()
         gpt.save_model(saved, "m")
         identical(Untied.from_pretrained("m").state_dict(), saved.state_dict())
-        self.refuse(gpt, "generate", "--model", "m", naming="lm_head.weight")
+        self.refuse(gpt, "generate", "--model", "m", naming="a class with lm_head")
         theirs = import_transformers(self).GPT2LMHeadModel.from_pretrained("m").eval()
         assert_close(theirs(TOKENS).logits, saved(TOKENS)[0], rtol=1e-3, atol=1e-4)
 
-    def test_weights_that_are_missing_cut_short_or_of_another_kind_are_named(self):
+    def test_missing_or_truncated_weights_are_named_and_the_message_says_what_to_do(self):
         path = Path("m/model.safetensors")
         content = path.read_bytes()
         for size in (0, 5, 8, 300, len(content) // 2, len(content) - 1):
@@ -765,7 +767,7 @@ class Pretrained(TemporaryFolder):
         self.assertEqual((type(model), model.training, model.config), (Own, False, saved.config))
         identical(model.state_dict(), saved.state_dict())
 
-    def test_other_architectures_are_refused_by_name(self):
+    def test_a_model_that_is_not_a_gpt2_is_refused_and_the_difference_named(self):
         config = json.loads(Path("m/config.json").read_text())
         for name, value, naming in (
                 ("model_type", "gpt_neo", "model_type"), ("activation_function", "relu", "relu"),
@@ -775,7 +777,7 @@ class Pretrained(TemporaryFolder):
             self.refuse(gpt, "generate", "--model", "m", naming=naming)
 
     @torch.no_grad()
-    def test_six_models_of_transformers_give_the_same_logits_and_return_bit_identical(self):
+    def test_six_models_of_transformers_have_equal_logits_here_and_go_back_bit_identical(self):
         transformers = import_transformers(self)
         for V, T, n_layer, n_head, n_embd in (
                 (97, 16, 1, 1, 8), (1000, 33, 2, 3, 48), (503, 128, 5, 2, 64), (61, 24, 3, 4, 32),
@@ -790,7 +792,7 @@ class Pretrained(TemporaryFolder):
             back = transformers.GPT2LMHeadModel.from_pretrained("m")
             identical(back.state_dict(), theirs.state_dict())
 
-    def test_a_download_cut_short_leaves_no_file_and_a_whole_one_is_not_repeated(self):
+    def test_a_broken_download_leaves_no_file_and_a_complete_one_is_not_repeated(self):
         class Hub(http.server.SimpleHTTPRequestHandler):
             end = None
 
@@ -830,17 +832,17 @@ class GenerateCommand(TemporaryFolder):
         """-> the texts that `generate` prints"""
         return self.succeed(gpt, "generate", "--model", model, "--device", "cpu", *argv)
 
-    def test_other_samples_and_seeds_give_other_texts_and_equal_seeds_equal_ones(self):
-        for flags in (["--model", "letters"], ["--model", "bytes"], ["--half"]):
-            first, again, other = (self.write(*flags, "--prompt", "one", "--num-samples", 3,
-                                              "--seed", seed) for seed in (1, 1, 2))
+    def test_equal_seeds_give_equal_texts_and_other_seeds_and_samples_other_texts(self):
+        for model, *half in (["letters"], ["bytes"], ["letters", "--half"]):
+            first, again, other = (self.write("--prompt", "one", "--num-samples", 3, "--seed", seed,
+                                              *half, model=model) for seed in (1, 1, 2))
             self.assertEqual(first, again)
             texts = f"{first}---\n{other}".split("\n---\n")
             self.assertEqual((len(set(texts)), {text[:3] for text in texts}), (6, {"one"}))
 
     def test_a_prompt_longer_than_the_block_is_cut_to_its_last_tokens_with_a_warning(self):
-        status, out, err = run_script(gpt, "generate", "--model", "letters", "--greedy",
-                                      "--prompt", "beginning " + "long " * 20)
+        argv = "generate", "--model", "letters", "--greedy", "--device", "cpu", "--prompt"
+        status, out, err = run_script(gpt, *argv, "beginning " + "long " * 20)
         self.assertEqual((status, out[:20]), (0, "beginning long long "))
         self.assertRegex(err, "24 .* 110")
         self.assertEqual(out[10:], self.write("--temperature", 0, "--prompt", "long " * 20))
@@ -854,13 +856,14 @@ class GenerateCommand(TemporaryFolder):
                                  model="bytes")
             self.assertEqual(out, f"{text}---\n{text}")
 
-    def test_a_text_without_a_prompt_starts_with_the_models_token_or_a_line_end(self):
+    def test_without_a_prompt_a_text_starts_from_the_models_start_token_or_a_newline(self):
+        texts = [self.write("--greedy", "--prompt", letter)[1:] for letter in self.LETTERS[:8]]
+        self.assertEqual(len(set(texts)), 8)
         for config, generation, start in ((5, {}, 5), (None, {}, 0), (99, {}, 0), (-1, {}, 0),
                                           (5, {"bos_token_id": 7}, 7)):
             gpt.save_model(small_gpt(vocab_size=28, bos_token_id=config), "letters")
             common.write_json("letters/generation_config.json", generation)
-            self.assertEqual(self.write("--greedy"),
-                             self.write("--greedy", "--prompt", self.LETTERS[start])[1:])
+            self.assertEqual(self.write("--greedy"), texts[start])
 
 
 # Flags of a short run: 15 steps in an epoch, or between two evaluations
@@ -877,14 +880,11 @@ def write_text():
     return text
 
 
-def short_argv(script, epochs, *more):
+def short_argv(script, epochs, *more, resume=None):
     length = f"--max-steps={15 * epochs}" if script is gpt else f"--epochs={epochs}"
+    if resume:
+        return [*["train"] * (script is gpt), "--resume", resume, length, *more]
     return [*SHORT[script].split(), length, *more]
-
-
-def resume_argv(script, run, epochs, *more):
-    length = f"--max-steps={15 * epochs}" if script is gpt else f"--epochs={epochs}"
-    return [*["train"] * (script is gpt), "--resume", run, length, *more]
 
 
 def with_rate(script, rate):
@@ -896,7 +896,7 @@ class Training(TemporaryFolder):
         super().setUp()
         self.text = write_text()
 
-    def test_a_tokenized_text_is_kept_in_a_file_for_each_text_and_tokenizer(self):
+    def test_a_tokenized_text_is_kept_in_a_file_for_each_text_limit_and_tokenizer(self):
         letters, folder = gpt.CharTokenizer("\n abcdefg"), Path("data")
         tokenizers = letters, byte_tokenizer("a b"), byte_tokenizer(special=["c d"])
         for i, (tokenizer, limit) in enumerate(itertools.product(tokenizers, (None, 3333)), 1):
@@ -908,28 +908,33 @@ class Training(TemporaryFolder):
                 gpt.tokenize("text.txt", None, letters, folder)
         self.assertRegex(err.getvalue(), r"^data.tokens-\w+\.bin: used again")
 
-    def test_training_without_a_download_reads_pythons_documentation_and_says_why(self):
+    def test_without_a_network_training_reads_pythons_documentation_and_says_why(self):
         for error, reason in ((gpt.urllib.error.URLError("Tunnel connection failed: 407"), "407"),
                               (TimeoutError("timed out"), "timed out")):
             with mock.patch("urllib.request.urlopen", side_effect=error):
-                status, out, err = run_script(gpt, "train", "--limit", 5000, "--max-steps", 1)
-            self.assertEqual((status, Path("runs/gpt-python-topics/last.pt").exists()), (0, True))
+                argv = "train", "--limit", 5000, "--max-steps", 1, "--device", "cpu"
+                _, out, err = run_script(gpt, *argv)
+            self.assertIn("-> runs/gpt-python-topics", out)
             self.assertRegex(err, f"warning: .*{reason}.*Python's documentation")
 
     def test_training_windows_cover_the_text_and_differ_between_steps_and_seeds(self):
         seen, windows = [], gpt.windows
-        self.patch(gpt, "windows", lambda tokens, starts, length: seen.append(
-            (len(tokens), *starts)) or windows(tokens, starts, length))
+
+        def note(tokens, starts, length):
+            if len(tokens) == 4500:  # those to train on, not to validate
+                seen.append(tuple(starts))
+            return windows(tokens, starts, length)
+
+        self.patch(gpt, "windows", note)
         for seed in (1, 1, 2):
             self.succeed(gpt, *SHORT[gpt].split(), "--max-steps", 70, "--seed", seed)
-        seen = [starts for length, *starts in seen if length == 4500]  # those to train on
         self.assertEqual(seen[:70], seen[70:140])
-        self.assertEqual(len(set(map(tuple, seen))), 140)
+        self.assertEqual(len(set(seen)), 140)
         covered = np.unique(np.ravel(seen[:70])[:, None] + np.arange(16))
         # 70 steps x 8 windows x 16 tokens are two passes; at random they would see 1 - e^-2 = 0.86.
         self.assertGreater(len(covered), 0.99 * 4500)
 
-    def test_a_run_loads_in_transformers_and_their_tokenizer_loads_here(self):
+    def test_a_run_loads_in_transformers_and_a_tokenizer_of_transformers_loads_here(self):
         transformers = import_transformers(self)
         byte_tokenizer("a b", "Ġ ab", special=("<|endoftext|>", "<|user|>")).save(".")
         self.succeed(gpt, *short_argv(gpt, 1, "--tokenizer", ".", "--out-dir", "run"))
@@ -958,7 +963,7 @@ class Training(TemporaryFolder):
         self.addCleanup(hook.remove)
         write_folder("old", gpt.CharTokenizer("\n abcdefg"))
         self.succeed(gpt, *"train --text text.txt --init old --device cpu --out-dir new".split(),
-                     "--optimizer", "adamw", "--max-steps", 11, "--lr", 1e-3)
+                     "--max-steps", 11, "--lr", 1e-3)
         theirs = transformers.GPT2LMHeadModel.from_pretrained("old").double()
         groups = [{"params": [p for p in theirs.parameters() if p.dim() == dim],
                    "weight_decay": decay} for dim, decay in ((2, 0.1), (1, 0.0))]
@@ -1004,11 +1009,12 @@ def assert_the_same_run(first, second, error=0.0):
 
 
 def start_process(script, argv, instant=0, environment=None):
-    """-> a process that runs a script, and kills itself at the instant-th of its backward passes
-    and writes, which does not depend on how busy the machine is. environment: set by torchrun"""
+    """-> a process that runs a script and kills itself at an instant (0: never): counted are its
+    backward passes, and two calls, fsync and replace, for each file that it writes. Under
+    torchrun's environment it computes in float64."""
     count = itertools.count(1)
 
-    def dangerous(function):
+    def counted(function):
         def wrapper(*args, **kwargs):
             if next(count) == instant:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -1016,8 +1022,8 @@ def start_process(script, argv, instant=0, environment=None):
         return wrapper
 
     def run():
-        torch.Tensor.backward = dangerous(torch.Tensor.backward)
-        os.fsync, os.replace = dangerous(os.fsync), dangerous(os.replace)
+        torch.Tensor.backward = counted(torch.Tensor.backward)
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
         if environment:
             os.environ |= environment
             torch.set_default_dtype(torch.float64)
@@ -1033,16 +1039,12 @@ class Runs(TemporaryFolder):
         super().setUp()
         write_text()
 
-    def test_a_run_leaves_its_files_each_written_whole_and_no_epoch_repeats_random_numbers(self):
-        def open_in_run(file, mode="r", *args, really_open=open, **kwargs):
-            whole = mode[0] in "rx" or str(file).endswith(".tmp")  # which is renamed
-            self.assertTrue(whole or "runs" not in str(file), file)
-            return really_open(file, mode, *args, **kwargs)
-
-        for owner, name, value in (*PICTURES, (builtins, "open", open_in_run),
-                                   (io, "open", open_in_run)):  # that of Path.write_text
-            self.patch(owner, name, value)
-        Path("text.txt").write_text("a" * 4500 + "b" * 500)  # all windows to train on are alike
+    def test_a_run_writes_its_files_whole_and_every_epoch_has_new_random_numbers(self):
+        for owner, name, save in PICTURES:
+            self.patch(owner, name, save)
+        replace, replaced = os.replace, set()  # what has a temporary name at first is whole
+        self.patch(os, "replace", lambda old, new: (replaced.add(new.name), replace(old, new)))
+        Path("text.txt").write_text("a" * 4500 + "b" * 500)  # only dropout differs
         write_pictures("photos")
         samples = "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png"
         rebuilt = samples.replace("samples", "reconstructions")
@@ -1061,26 +1063,27 @@ class Runs(TemporaryFolder):
             self.assertNotEqual(first, second)
             self.assertRegex(out.splitlines()[-1], f"^{name}.* -> runs/{name}$")
             self.assertIn(f"--resume runs/{name}", out.splitlines()[2])
-            self.assertEqual(sorted(os.listdir(f"runs/{name}")), sorted(
-                f"args.json metrics.jsonl last.pt {own}".split()))
+            files = set(os.listdir(f"runs/{name}"))
+            self.assertEqual(files, set(f"args.json metrics.jsonl last.pt {own}".split()))
+            self.assertLessEqual(files, replaced)
+            replaced.clear()
         self.assertEqual(sorted(os.listdir()), ["data", "photos", "runs", "text.txt"])
 
-    @needs_processes
-    def test_a_run_killed_again_and_again_ends_bit_identical_to_an_unbroken_one(self):
+    @needs_posix
+    def test_a_run_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(self):
         for script in SHORT:
             whole, killed = f"{script.__name__}-whole", f"{script.__name__}-killed"
             more = [*with_rate(script, 1e-3), *["--dropout=0.2"] * (script is gpt), "--out-dir"]
             self.succeed(script, *short_argv(script, 4, *more, whole))
             argv = short_argv(script, 4, *more, killed)
-            # Counted are backward passes, and two calls for each file that is written.
             passes = 30 if script is aae else 15  # in an epoch
-            for instant, where in ((passes + 17, "the second epoch"), (2, "first writes"),
-                                   (12, "a step"), (passes + 7, "last writes"),
+            for instant, where in ((passes + 17, "the second epoch"), (2, "args.json"),
+                                   (12, "a step"), (passes + 5, "the writes after an epoch"),
                                    (passes + 17, "the next epoch"), (9, "a step")):
                 process = start_process(script, argv, instant)
                 process.join()
                 self.assertEqual(process.exitcode, -signal.SIGKILL, where)
-                argv = resume_argv(script, killed, 4)
+                argv = short_argv(script, 4, resume=killed)
             with mock.patch.object(gpt.CharTokenizer, "save", side_effect=AssertionError):
                 self.succeed(script, *argv)  # only a new run saves its tokenizer
             assert_the_same_run(whole, killed)
@@ -1096,10 +1099,11 @@ class Runs(TemporaryFolder):
                 with mock.patch.object(common, "pick_device", return_value=device):
                     self.succeed(script, *short_argv(script, 3, "--out-dir", run))
                 losses.append(read_rows(run)[-1][column])
-                self.assertAlmostEqual(losses[-1] / losses[0], 1, delta=0.03)
+            self.assertEqual(len(set(losses)), len(losses))  # near, but not the same
+            self.assertLess(max(losses) / min(losses), 1.03)
         self.assertTrue(torch.load(f"{run}/last.pt")["scaler"])  # of float16
 
-    def test_resuming_a_run_with_arguments_or_data_that_contradict_it_is_refused(self):
+    def test_resume_refuses_arguments_and_data_that_contradict_the_run(self):
         write_pictures("photos")
         for script, size, more in ((vae, "--z-dim", ["--dataset", "photos"]), (aae, "--z-dim", []),
                                    (gpt, "--n-layer", [])):
@@ -1107,34 +1111,34 @@ class Runs(TemporaryFolder):
             self.succeed(script, *short_argv(script, 1, *more, "--out-dir", run))
             for flag, value in (("--seed", 1), (size, 3), ("--batch-size", 10), ("--limit", 100),
                                 ("--out-dir", "b")):
-                self.refuse(script, *resume_argv(script, run, 2, flag, value), naming=flag)
-        self.refuse(aae, *resume_argv(aae, "vae", 2), naming="vae.py")
-        self.refuse(aae, *resume_argv(aae, "nowhere", 2), naming="nowhere/last.pt")
+                self.refuse(script, *short_argv(script, 2, flag, value, resume=run), naming=flag)
+        self.refuse(aae, *short_argv(aae, 2, resume="vae"), naming="vae.py")
+        self.refuse(aae, *short_argv(aae, 2, resume="nowhere"), naming="nowhere/last.pt")
         os.truncate("aae/last.pt", 1000)
-        self.refuse(aae, *resume_argv(aae, "aae", 2), naming="aae/last.pt")
+        self.refuse(aae, *short_argv(aae, 2, resume="aae"), naming="aae/last.pt")
 
         Path("text.txt").write_text("abc" * 999)
-        self.refuse(gpt, *resume_argv(gpt, "gpt", 2), naming="text.txt has other tokens")
-        self.refuse(vae, *resume_argv(vae, "vae", 2, "--dataset", "glyphs"), naming="glyphs")
+        self.refuse(gpt, *short_argv(gpt, 2, resume="gpt"), naming="text.txt has other tokens")
+        self.refuse(vae, *short_argv(vae, 2, "--dataset", "glyphs", resume="vae"), naming="glyphs")
         os.rename("photos/a/04.png", "photos/a/44.png")
-        self.refuse(vae, *resume_argv(vae, "vae", 2), naming="photos")
+        self.refuse(vae, *short_argv(vae, 2, resume="vae"), naming="photos")
         os.rename("photos/a/44.png", "photos/a/04.png")
         os.rename("photos", "elsewhere")
-        self.refuse(vae, *resume_argv(vae, "vae", 2), naming="photos")
-        self.succeed(vae, *resume_argv(vae, "vae", 2, "--dataset", "elsewhere"))
+        self.refuse(vae, *short_argv(vae, 2, resume="vae"), naming="photos")
+        self.succeed(vae, *short_argv(vae, 2, "--dataset", "elsewhere", resume="vae"))
 
-    def test_a_run_goes_on_behind_its_last_checkpoint_even_if_fewer_epochs_have_a_row(self):
+    def test_resume_starts_after_the_last_checkpoint_even_if_the_log_has_fewer_epochs(self):
         for script in SHORT:
             run = script.__name__
             self.succeed(script, *short_argv(script, 2, "--out-dir", run))
             checkpoint = torch.load(f"{run}/last.pt")
             del checkpoint["rows"][1]
             torch.save(checkpoint, f"{run}/last.pt")
-            self.succeed(script, *resume_argv(script, run, 3))
+            self.succeed(script, *short_argv(script, 3, resume=run))
             positions = [row.get("step", 15 * row.get("epoch", 0)) for row in read_rows(run)]
             self.assertEqual(positions, [15, 45])
 
-    def test_wrong_values_are_answered_in_one_line(self):
+    def test_a_wrong_value_of_a_flag_gives_an_error_of_one_line(self):
         for script, argv, *values in (
                 (vae, SHORT[vae], "--epochs 0", "--image-size 4", "--dataset imagenet",
                  "--dataset .", "--dataset glyphs --image-size 32", "--z-dim two", "--lr nan",
@@ -1142,24 +1146,24 @@ class Runs(TemporaryFolder):
                 (aae, SHORT[aae], "--lam 1.01", "--posterior normal", "--d-lr -1"),
                 (gpt, SHORT[gpt], "--dropout 2", "--n-embd 30", "--grad-accum 3", "--text nowhere",
                  "--tokenizer nowhere", "--n-layer 3 --init gpt2", "--tokenizer char --init gpt2"),
-                (gpt, "generate", "--top-p 1.1", "--max-new 3", "--model no/where")):
+                (gpt, "generate", "--top-p 1.1", "--max-new 3", "--model nowhere")):
             for value in values:
+                *_, flag, word = value.split()
                 self.refuse(script, *argv.split(), *value.split(),
-                            naming="|".join(value.split()[-2:]))  # the flag, or the file
+                            naming=word if word in ("nowhere", "text.txt/run") else flag)
 
-    def test_a_run_that_diverges_stops_before_its_weights_are_saved(self):
+    def test_a_run_whose_losses_are_no_longer_finite_stops_before_it_saves_its_weights(self):
         for script, losses in ((vae, (1., math.inf)), (aae, (math.inf, 1.)), (gpt, math.inf)):
             argv = short_argv(script, 1, "--out-dir", "a")
             ends = [run_script(script, *argv, *with_rate(script, 1e9))]
             with mock.patch.object(script, "evaluate", return_value=losses):  # of finite weights
                 ends.append(run_script(script, *argv))
             for status, _, err in ends:
-                self.assertEqual((status, "Traceback" in err), (2, False))
-                self.assertIn("lower learning rate", err.splitlines()[-1])
+                self.assertEqual((status, "lower learning rate" in err), (2, True))
         files = {path.name for path in Path().glob("a*/*")}
         self.assertEqual(files, {"args.json", "vocab.json"})
 
-    def test_vae_tests_and_gpt_saves_the_model_with_the_best_validation_loss(self):
+    def test_the_best_model_in_validation_is_the_one_that_vae_tests_and_gpt_saves(self):
         losses, tested = iter([[3, 3], [1, 1], [2, 2]]), []
         with mock.patch.object(vae, "evaluate", lambda *_: next(losses)), mock.patch.object(
                 vae, "test_results", lambda model, _: tested.append(model.state_dict()) or {}):
@@ -1174,7 +1178,7 @@ class Runs(TemporaryFolder):
             self.assertEqual(torch.equal(saved.wte.weight, last["model"]["wte.weight"]),
                              last_is_best)
 
-    def test_codes_match_the_prior_for_lambda_below_1_but_not_for_lambda_1(self):
+    def test_codes_come_near_the_prior_for_lambda_below_1_but_not_for_lambda_1(self):
         for lam, low, high in ((0.995, 0, 3), (1, 4, 1000)):
             self.succeed(aae, *short_argv(aae, 6, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
                                           "--num-filters", 8, "--lam", lam, "--out-dir", f"{lam}"))
@@ -1182,8 +1186,8 @@ class Runs(TemporaryFolder):
             self.assertLess(row["val_mse"], 0.18)  # 0.22: the mean of all images
             self.assertTrue(low < row["val_distance"] < high, row)
 
-    @needs_processes
-    def test_two_processes_train_the_same_model_as_one_and_one_can_resume_their_run(self):
+    @needs_posix
+    def test_training_on_two_processes_equals_one_and_one_process_can_resume_it(self):
         def exit_codes(*argv, processes, instant=0):  # of gpt.py's processes
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -1198,7 +1202,7 @@ class Runs(TemporaryFolder):
         argv = short_argv(gpt, 3, "--batch-size", 8, "--out-dir")
         for run, n in (("one", 1), ("two", 2)):  # each of the two takes its share in two parts
             self.assertEqual(exit_codes(*argv, run, "--grad-accum", n, processes=n), [0] * n)
-        killed = exit_codes(*argv, "killed", processes=2, instant=40)  # in the second part
+        killed = exit_codes(*argv, "killed", processes=2, instant=40)  # after the first evaluation
         self.assertIn(-signal.SIGKILL, killed)
         self.assertEqual(exit_codes("train", "--resume", "killed", processes=1), [0])
         assert_the_same_run("one", "two", error=1e-9)
@@ -1206,7 +1210,7 @@ class Runs(TemporaryFolder):
 
 
 class CopiedCode(TemporaryFolder):
-    def test_each_model_runs_if_pasted_into_a_file_that_imports_only_torch(self):
+    def test_each_model_runs_without_common_and_without_biases(self):
         without_common = "\nimport common\n", "\n"
         without_bias = "padding=1), nn.", "padding=1, bias=False), nn."
         x = render_glyphs()[0][:2]
@@ -1231,7 +1235,7 @@ class CopiedCode(TemporaryFolder):
         self.assertEqual(tokenizer.encode("ab é"), own.encode("ab é"))
         self.assertEqual(pasted.CharTokenizer("abc").encode("cab"), [2, 0, 1])
 
-    def test_an_added_parameter_gets_one_optimizer_and_evaluation_has_no_dropout(self):
+    def test_a_parameter_that_you_add_is_in_one_optimizer_and_evaluation_is_without_dropout(self):
         class Changed:  # goes before the script's class
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
@@ -1262,7 +1266,7 @@ class CopiedCode(TemporaryFolder):
             self.assertEqual(sum(len(group["params"]) for group in groups), len(moved["model"]))
             self.assertEqual(changed.modes, {(True, True), (False, False)})
 
-    def test_a_renamed_discriminator_and_a_second_one_are_trained_by_phase_2_alone(self):
+    def test_only_phase_2_trains_the_discriminators_also_if_renamed_or_added(self):
         copy = changed_copy(
             aae, ("self.discriminator = Discriminator(z_dim)",
                   "self.critic, self.second = Discriminator(z_dim), Discriminator(z_dim)"),
@@ -1271,31 +1275,36 @@ class CopiedCode(TemporaryFolder):
             ("self.discriminator(z)", "(self.critic(z) + self.second(z))"),
             ("self.discriminator(both)", "(self.critic(both) + self.second(both))"))
         first = {}
-        for run, *rates, expected in (
-                ("still", "--ae-lr=0", "--d-lr=0", set()),
+        for run, rates, expected in (
+                ("still", "--ae-lr=0 --d-lr=0", set()),
                 ("phase1", "--d-lr=0", {"encoder", "decoder"}),
                 ("phase2", "--ae-lr=0", {"critic", "second"})):
-            self.succeed(copy, *short_argv(aae, 1, *rates, "--out-dir", run))
+            self.succeed(copy, *short_argv(aae, 1, *rates.split(), "--out-dir", run))
             weights = torch.load(f"{run}/last.pt")["model"]
-            first = first or weights
+            first = first or weights  # those of "still", which are the initial ones
             moved = {name.split(".")[0] for name in first if (weights[name] != first[name]).any()}
             self.assertEqual(moved, expected)
 
 
 class Readme(TemporaryFolder):
-    TEXT = (HERE / "README.md").read_text(encoding="utf-8")
+    def setUp(self):
+        super().setUp()
+        self.text = (HERE / "README.md").read_text(encoding="utf-8")
 
-    def test_every_flag_in_the_readme_is_in_the_help(self):
+    def test_every_flag_of_a_command_in_the_readme_is_in_its_help(self):
         commands = r"(vae|aae|gpt)\.py( train| generate)?((?:\\\n|[^\n`|&])*)"
-        for name, command, rest in re.findall(commands, self.TEXT):
+        commands = re.findall(commands, self.text)
+        self.assertGreater(len(commands), 20)
+        for name, command, rest in commands:
             script = {"vae": vae, "aae": aae, "gpt": gpt}[name]
             _, text, _ = run_script(script, *command.split(), "--help")
             self.assertLessEqual(set(re.findall(r"--[a-z-]+", rest)), {*text.split(), "--help"})
 
     def test_the_python_examples_of_the_readme_run(self):
-        blocks = re.findall(r"```python\n(.*?)```", self.TEXT, re.S)
+        blocks = re.findall(r"```python\n(.*?)```", self.text, re.S)
+        self.assertGreater(len(blocks), 1)
         self.succeed(vae, *short_argv(vae, 1, "--z-dim", 2, "--out-dir", "runs/vae-z2"))
-        # In the place of the one on the hub:
+        # Instead of the one on the hub:
         write_folder("gpt2", byte_tokenizer(special=["<|endoftext|>"]), vocab_size=257)
         for block in blocks:
             exec(block.replace("60", "3"), {})  # fewer frames
@@ -1333,13 +1342,13 @@ def training_in_turn(title, number, argv, batches, losses_of):
     in_turn(f"training, {title}", number, ours, lambda: timeit.timeit(theirs, number=1))
 
 
-def bench(data_dir):
+def bench():
     import transformers
     from torchvision import datasets, transforms
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of runs in turn, "
           "and the ratio with its range", flush=True)
-    mnist = datasets.MNIST(data_dir, train=True, transform=transforms.ToTensor())
+    mnist = datasets.MNIST(DATA_DIR, train=True, transform=transforms.ToTensor())
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(mnist, range(6400)), 64,
                                          shuffle=True)
     model, other = vae.VAE(), aae.AdversarialAE()
@@ -1357,12 +1366,12 @@ def bench(data_dir):
         yield other.discriminator_loss(z.detach())[0], d_adam
 
     for script, losses_of in (("vae.py", vae_losses), ("aae.py", aae_losses)):
-        argv = script, "--data-dir", data_dir, "--limit", 6400, "--epochs", 1
+        argv = script, "--data-dir", DATA_DIR, "--limit", 6400, "--epochs", 1
         training_in_turn(f"images/s: {script} beside a DataLoader and Adam", 6400, argv, loader,
                          losses_of)
 
     transformers.logging.set_verbosity_error()
-    text = Path(data_dir, "tinyshakespeare.txt")
+    text = DATA_DIR / "tinyshakespeare.txt"
     tokens = text.read_text(encoding="utf-8")[:100_000]
     tokens = torch.tensor(gpt.CharTokenizer("".join(sorted(set(tokens)))).encode(tokens))
     small = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -1390,8 +1399,7 @@ def bench(data_dir):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--bench"]:
-        bench(*(sys.argv[2:] or [os.environ.get("DATA_DIR", "data")]))
-        sys.exit()
+        sys.exit(bench())
     result = unittest.main(exit=False, verbosity=2).result
     failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
     for test, reason in result.skipped:
