@@ -49,6 +49,7 @@ import common
 import gpt
 import vae
 
+patch = mock.patch.object
 HERE = Path(__file__).resolve().parent
 DATA_DIR = Path(os.environ.get("DATA_DIR", "not given")).absolute()
 needs_posix = unittest.skipUnless(os.name == "posix", "needs the links or processes of POSIX")
@@ -107,14 +108,10 @@ class TemporaryFolder(unittest.TestCase):
         self.addCleanup(os.chdir, os.getcwd())  # called first: Windows removes no folder in use
         os.chdir(folder.name)
         torch.manual_seed(0)
-        self.patch(common, "render_glyphs", render_glyphs)
+        self.addCleanup(mock.patch.stopall)
+        patch(common, "render_glyphs", render_glyphs).start()
         for owner, name, _ in PICTURES:
-            self.patch(owner, name, lambda *_, **__: None)
-
-    def patch(self, owner, name, value):
-        patch = mock.patch.object(owner, name, value)
-        patch.start()
-        self.addCleanup(patch.stop)
+            patch(owner, name, lambda *_, **__: None).start()
 
     def succeed(self, script, *argv):
         """Run the script, which has to end with status 0. -> what it printed"""
@@ -139,7 +136,7 @@ class VAE(TemporaryFolder):
     def test_pixels_are_reduced_to_16_values_as_the_assignment_says(self):
         x = torch.arange(256, dtype=torch.uint8)
         identical(vae.to_4_bits(x), (x.double() / 255 * 16).floor().clamp(max=15).to(torch.uint8))
-        with mock.patch.object(vae, "NUM_VALUES", 256):
+        with patch(vae, "NUM_VALUES", 256):
             identical(vae.to_4_bits(x), x)
 
     def test_kl_divergence_equals_that_of_torch_distributions(self):
@@ -172,13 +169,13 @@ class VAE(TemporaryFolder):
         log_p = log_joint.logsumexp(1) + dz.log()  # [8]
         bound = ((log_joint - log_q) * log_q.exp()).sum(1).mean() * dz
 
-        loss = sum(model(x.repeat(20_000, 1, 1, 1)))
-        assert_close(loss, -bound, atol=0.02, rtol=0)
+        loss = sum(model(x.repeat(5000, 1, 1, 1)))
+        assert_close(loss, -bound, atol=0.04, rtol=0)
         gradients = (torch.autograd.grad(y, (mean, log_std)) for y in (loss, -bound))
         assert_close(*gradients, atol=0.1, rtol=0)
         for from_prior in (False, True):
-            estimate = vae.log_likelihood(model, x, 10_000, from_prior)
-            assert_close(estimate, log_p.detach(), atol=0.05, rtol=0)
+            estimate = vae.log_likelihood(model, x, 4000, from_prior)
+            assert_close(estimate, log_p.detach(), atol=0.1, rtol=0)
 
     def test_evaluation_weighs_every_image_equally_and_is_repeatable(self):
         images = vae.to_4_bits(render_glyphs()[0][:101])  # the last batch has one
@@ -227,7 +224,7 @@ class AAE(TemporaryFolder):
             assert_close(gen, -D.log().mean())
             assert_close(loss, lam * rec + (1 - lam) * gen)
         prior = torch.randn_like(z)
-        with mock.patch.object(aae, "sample_prior", lambda *_: prior):
+        with patch(aae, "sample_prior", lambda *_: prior):
             disc, accuracy = model.discriminator_loss(z)
             identical(model.sample(64), model.decoder(prior).detach())
         D_prior = model.discriminator(prior).sigmoid()
@@ -260,7 +257,7 @@ class AAE(TemporaryFolder):
     def test_the_distance_is_near_1_for_draws_of_any_prior_and_larger_for_other_codes(self):
         generator = torch.Generator()  # evaluate seeds torch's own, and draws the prior from it
         images = render_glyphs()[0][:2001]  # the last batch has one
-        self.patch(aae, "sample_prior", lambda n, z_dim, _: 7 + 0.01 * torch.randn(n, z_dim))
+        patch(aae, "sample_prior", lambda n, z_dim, _: 7 + 0.01 * torch.randn(n, z_dim)).start()
         for spread, low, high in ((0.01, 0.8, 1.25), (0.012, 3, 20)):
             def model(x, spread=spread):  # images come back as zeros
                 codes = 7 + spread * torch.randn(len(x), 8, generator=generator)
@@ -326,7 +323,7 @@ class Common(TemporaryFolder):
         assert_close(torch.stack([*recorded]), torch.stack([*direct]), rtol=1e-5, atol=0)
 
     def test_the_result_of_a_recorded_cuda_graph_survives_the_next_call(self):
-        with mock.patch.object(torch.cuda, "CUDAGraph"), mock.patch.object(torch.cuda, "graph"):
+        with patch(torch.cuda, "CUDAGraph"), patch(torch.cuda, "graph"):
             step = common.cuda_graph(lambda x: x + 1)  # a stand-in, which replays nothing
             results = [step(torch.ones(2)) for _ in range(6)]
         self.assertEqual(len({result.data_ptr() for result in results}), 6)
@@ -347,7 +344,7 @@ class Common(TemporaryFolder):
         self.assertEqual(common.absolute_path("run/"), os.path.abspath("run"))
 
     def test_any_character_can_be_printed(self):
-        with mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252")) as out:
+        with patch(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252")) as out:
             common.run_script(lambda: print("фото \udcff", flush=True))
         self.assertEqual(out.buffer.getvalue().decode(), f"фото \\udcff{os.linesep}")
 
@@ -436,7 +433,7 @@ class Images(TemporaryFolder):
     def test_without_a_network_glyphs_replace_mnist_unless_a_dataset_or_folder_was_named(self):
         from torchvision import datasets
 
-        self.patch(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+        patch(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"]).start()
         with contextlib.redirect_stderr(io.StringIO()) as err:
             args, _ = load("--limit", 10)
         self.assertEqual(args.dataset, "glyphs")
@@ -556,7 +553,7 @@ class GPTModel(TemporaryFolder):
                 expected = torch.cat([expected, gpt.next_token(logits, **sampling)], dim=1)
             for zeros in (torch.zeros, rubbish):
                 torch.manual_seed(1)
-                with mock.patch.object(torch, "zeros", zeros):
+                with patch(torch, "zeros", zeros):
                     identical(model.generate(prompt, 45, **sampling), expected)
         with torch.autocast("cpu", torch.bfloat16):  # the cache is in float32
             self.assertEqual(small_gpt().float().generate(TOKENS, 9).shape, (5, 33))
@@ -570,7 +567,7 @@ class GPTModel(TemporaryFolder):
         rotary = changed_copy(gpt, ("q, k, v = qkv\n", "q, k, v = qkv\n"
                                     "        q, k = turn(q, positions), turn(k, positions)\n"))
         rotary.turn = turn
-        with mock.patch.object(gpt, "GPT", rotary.GPT):
+        with patch(gpt, "GPT", rotary.GPT):
             for model in (small_gpt(), small_gpt(fused=False)):
                 expected = TOKENS[:, :7]
                 for _ in range(30):  # past the block
@@ -740,7 +737,7 @@ class Pretrained(TemporaryFolder):
         layer = "self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)"
         Untied = changed_copy(gpt, ("# Normal, as in", f"{layer}\n        # Normal, as in"),
                               ("F.linear(x, self.wte.weight)", "self.lm_head(x)")).GPT
-        with mock.patch.object(gpt, "GPT", Untied):
+        with patch(gpt, "GPT", Untied):
             saved = small_gpt().float()
         gpt.save_model(saved, "m")
         identical(Untied.from_pretrained("m").state_dict(), saved.state_dict())
@@ -804,10 +801,10 @@ class Pretrained(TemporaryFolder):
         self.addCleanup(server.server_close)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.addCleanup(server.shutdown)
-        self.patch(os, "environ", os.environ | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "no_proxy": "127.0.0.1"})
-        self.patch(torch.hub, "get_dir", lambda: "cache")
-        self.patch(sys, "stderr", io.StringIO())  # where it says what is downloaded
+        mock.patch.dict(os.environ, no_proxy="127.0.0.1",
+                        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}").start()
+        patch(torch.hub, "get_dir", lambda: "cache").start()
+        patch(sys, "stderr", io.StringIO()).start()  # where it says what is downloaded
         shutil.copytree("m", "hub/openai-community/gpt2/resolve/main")
 
         self.assertEqual(gpt.load_tokenizer("gpt2").encode("ab"), [256])
@@ -851,7 +848,7 @@ class GenerateCommand(TemporaryFolder):
         for ends, text in ((256, "xabc\n"), ([256, 99], "xab\n"), (None, "xabc<|endoftext|>d\n")):
             gpt.save_model(small_gpt(vocab_size=257, eos_token_id=ends), "bytes")
             tokens = torch.tensor([97, 98, 99, 256, 100]).view(5, 1, 1).expand(5, 2, 1)
-            with mock.patch.object(gpt, "next_token", side_effect=list(tokens)):
+            with patch(gpt, "next_token", side_effect=list(tokens)):
                 out = self.write("--prompt", "\ufeffx", "--max-new-tokens", 5, "--num-samples", 2,
                                  model="bytes")
             self.assertEqual(out, f"{text}---\n{text}")
@@ -867,10 +864,9 @@ class GenerateCommand(TemporaryFolder):
 
 
 # Flags of a short run: 15 steps in an epoch, or between two evaluations
-SHORT = dict.fromkeys(
-    (vae, aae), "--dataset glyphs --limit 300 --batch-size 20 --num-filters 4 --device cpu") | {
-    gpt: "train --text text.txt --n-layer 2 --n-embd 32 --block-size 16 --eval-every 15 "
-         "--device cpu"}
+IMAGES = "--dataset glyphs --limit 300 --batch-size 20 --num-filters 4 --device cpu"
+SHORT = {vae: IMAGES, aae: IMAGES, gpt: "train --text text.txt --n-layer 2 --n-embd 32 "
+         "--block-size 16 --eval-every 15 --device cpu"}
 
 
 def write_text():
@@ -903,7 +899,7 @@ class Training(TemporaryFolder):
             tokens = gpt.tokenize("text.txt", limit, tokenizer, folder)
             self.assertEqual(tokens.tolist(), tokenizer.encode(self.text[:limit]))
             self.assertEqual(len(os.listdir(folder)), i)
-        with mock.patch.object(letters, "encode", side_effect=AssertionError):
+        with patch(letters, "encode", side_effect=AssertionError):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 gpt.tokenize("text.txt", None, letters, folder)
         self.assertRegex(err.getvalue(), r"^data.tokens-\w+\.bin: used again")
@@ -925,7 +921,7 @@ class Training(TemporaryFolder):
                 seen.append(tuple(starts))
             return windows(tokens, starts, length)
 
-        self.patch(gpt, "windows", note)
+        patch(gpt, "windows", note).start()
         for seed in (1, 1, 2):
             self.succeed(gpt, *SHORT[gpt].split(), "--max-steps", 70, "--seed", seed)
         self.assertEqual(seen[:70], seen[70:140])
@@ -1040,10 +1036,10 @@ class Runs(TemporaryFolder):
         write_text()
 
     def test_a_run_writes_its_files_whole_and_every_epoch_has_new_random_numbers(self):
-        for owner, name, save in PICTURES:
-            self.patch(owner, name, save)
+        for picture in PICTURES:
+            patch(*picture).start()
         replace, replaced = os.replace, set()  # what has a temporary name at first is whole
-        self.patch(os, "replace", lambda old, new: (replaced.add(new.name), replace(old, new)))
+        patch(os, "replace", lambda old, new: (replaced.add(new.name), replace(old, new))).start()
         Path("text.txt").write_text("a" * 4500 + "b" * 500)  # only dropout differs
         write_pictures("photos")
         samples = "samples_epoch_000.png samples_epoch_001.png samples_epoch_002.png"
@@ -1084,7 +1080,7 @@ class Runs(TemporaryFolder):
                 process.join()
                 self.assertEqual(process.exitcode, -signal.SIGKILL, where)
                 argv = short_argv(script, 4, resume=killed)
-            with mock.patch.object(gpt.CharTokenizer, "save", side_effect=AssertionError):
+            with patch(gpt.CharTokenizer, "save", side_effect=AssertionError):
                 self.succeed(script, *argv)  # only a new run saves its tokenizer
             assert_the_same_run(whole, killed)
         identical(*(gpt.GPT.from_pretrained(run).state_dict() for run in (whole, killed)))
@@ -1096,7 +1092,7 @@ class Runs(TemporaryFolder):
             losses = []
             for dtype in (torch.float32, *dtypes):
                 run, device = f"{script.__name__}-{dtype}", (torch.device("cpu"), dtype)
-                with mock.patch.object(common, "pick_device", return_value=device):
+                with patch(common, "pick_device", return_value=device):
                     self.succeed(script, *short_argv(script, 3, "--out-dir", run))
                 losses.append(read_rows(run)[-1][column])
             self.assertEqual(len(set(losses)), len(losses))  # near, but not the same
@@ -1120,12 +1116,11 @@ class Runs(TemporaryFolder):
         Path("text.txt").write_text("abc" * 999)
         self.refuse(gpt, *short_argv(gpt, 2, resume="gpt"), naming="text.txt has other tokens")
         self.refuse(vae, *short_argv(vae, 2, "--dataset", "glyphs", resume="vae"), naming="glyphs")
-        os.rename("photos/a/04.png", "photos/a/44.png")
-        self.refuse(vae, *short_argv(vae, 2, resume="vae"), naming="photos")
-        os.rename("photos/a/44.png", "photos/a/04.png")
         os.rename("photos", "elsewhere")
         self.refuse(vae, *short_argv(vae, 2, resume="vae"), naming="photos")
         self.succeed(vae, *short_argv(vae, 2, "--dataset", "elsewhere", resume="vae"))
+        os.rename("elsewhere/a/04.png", "elsewhere/a/44.png")
+        self.refuse(vae, *short_argv(vae, 3, resume="vae"), naming="not the images")
 
     def test_resume_starts_after_the_last_checkpoint_even_if_the_log_has_fewer_epochs(self):
         for script in SHORT:
@@ -1156,7 +1151,7 @@ class Runs(TemporaryFolder):
         for script, losses in ((vae, (1., math.inf)), (aae, (math.inf, 1.)), (gpt, math.inf)):
             argv = short_argv(script, 1, "--out-dir", "a")
             ends = [run_script(script, *argv, *with_rate(script, 1e9))]
-            with mock.patch.object(script, "evaluate", return_value=losses):  # of finite weights
+            with patch(script, "evaluate", return_value=losses):  # of finite weights
                 ends.append(run_script(script, *argv))
             for status, _, err in ends:
                 self.assertEqual((status, "lower learning rate" in err), (2, True))
@@ -1165,14 +1160,14 @@ class Runs(TemporaryFolder):
 
     def test_the_best_model_in_validation_is_the_one_that_vae_tests_and_gpt_saves(self):
         losses, tested = iter([[3, 3], [1, 1], [2, 2]]), []
-        with mock.patch.object(vae, "evaluate", lambda *_: next(losses)), mock.patch.object(
+        with patch(vae, "evaluate", lambda *_: next(losses)), patch(
                 vae, "test_results", lambda model, _: tested.append(model.state_dict()) or {}):
             self.succeed(vae, *short_argv(vae, 3, "--out-dir", "vae"))
         best = torch.load("vae/best.pt")
         self.assertEqual((best["epoch"], len(tested)), (2, 1))
         identical(tested[0], best["model"])
         for losses, last_is_best in ([1.0, 2.0], False), ([2.0, 1.0], True):
-            with mock.patch.object(gpt, "evaluate", side_effect=losses):
+            with patch(gpt, "evaluate", side_effect=losses):
                 self.succeed(gpt, *short_argv(gpt, 2, "--out-dir", f"{losses}"))
             saved, last = gpt.GPT.from_pretrained(f"{losses}"), torch.load(f"{losses}/last.pt")
             self.assertEqual(torch.equal(saved.wte.weight, last["model"]["wte.weight"]),
@@ -1255,7 +1250,7 @@ class CopiedCode(TemporaryFolder):
             changed = type(name, (Changed, getattr(script, name)), {"modes": set()})
             argv = short_argv(script, 1, "--optimizer", optimizer, "--out-dir")
             still, moved = f"{name}-{optimizer}-still", f"{name}-{optimizer}-moved"
-            with mock.patch.object(script, name, changed):
+            with patch(script, name, changed):
                 self.succeed(script, *argv, still, *with_rate(script, 0))
                 self.succeed(script, *argv, moved)
             still, moved = torch.load(f"{still}/last.pt"), torch.load(f"{moved}/last.pt")
@@ -1287,13 +1282,9 @@ class CopiedCode(TemporaryFolder):
 
 
 class Readme(TemporaryFolder):
-    def setUp(self):
-        super().setUp()
-        self.text = (HERE / "README.md").read_text(encoding="utf-8")
-
     def test_every_flag_of_a_command_in_the_readme_is_in_its_help(self):
-        commands = r"(vae|aae|gpt)\.py( train| generate)?((?:\\\n|[^\n`|&])*)"
-        commands = re.findall(commands, self.text)
+        commands = re.findall(r"(vae|aae|gpt)\.py( train| generate)?((?:\\\n|[^\n`|&])*)",
+                              (HERE / "README.md").read_text(encoding="utf-8"))
         self.assertGreater(len(commands), 20)
         for name, command, rest in commands:
             script = {"vae": vae, "aae": aae, "gpt": gpt}[name]
@@ -1301,7 +1292,8 @@ class Readme(TemporaryFolder):
             self.assertLessEqual(set(re.findall(r"--[a-z-]+", rest)), {*text.split(), "--help"})
 
     def test_the_python_examples_of_the_readme_run(self):
-        blocks = re.findall(r"```python\n(.*?)```", self.text, re.S)
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        blocks = re.findall(r"```python\n(.*?)```", text, re.S)
         self.assertGreater(len(blocks), 1)
         self.succeed(vae, *short_argv(vae, 1, "--z-dim", 2, "--out-dir", "runs/vae-z2"))
         # Instead of the one on the hub:
@@ -1314,8 +1306,7 @@ class Readme(TemporaryFolder):
 
 
 def in_turn(title, number, ours, theirs):
-    """Both return the seconds in which they handle `number` images or tokens. Call them in turn,
-    five times. Print the medians of their speeds, and of the ratio."""
+    """Call two functions in turn, which return the seconds for `number` images or tokens."""
     seconds = np.array([(ours(), theirs()) for _ in range(5)])
     (a, b), ratios = np.median(number / seconds, axis=0), seconds[:, 1] / seconds[:, 0]
     print(f"{title}: {a:,.1f} beside {b:,.1f}; ratio {np.median(ratios):.2f} "
