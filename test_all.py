@@ -1175,7 +1175,7 @@ class Runs(TemporaryFolder):
 
     def test_codes_come_near_the_prior_for_lambda_below_1_but_not_for_lambda_1(self):
         for lam, low, high in ((0.995, 0, 3), (1, 4, 1000)):
-            self.succeed(aae, *short_argv(aae, 6, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
+            self.succeed(aae, *short_argv(aae, 4, "--limit", 2000, "--ae-lr", 1e-2, "--d-lr", 1e-3,
                                           "--num-filters", 8, "--lam", lam, "--out-dir", f"{lam}"))
             row = read_rows(f"{lam}")[-1]
             self.assertLess(row["val_mse"], 0.18)  # 0.22: the mean of all images
