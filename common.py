@@ -396,7 +396,7 @@ def save_scatter(path, z, labels):
     circles of 1, 2 and 3 sigma of N(0, I)"""
     from matplotlib.figure import Figure  # without pyplot no window opens
 
-    figure = Figure(figsize=(3.6, 3), dpi=200, layout="constrained")
+    figure = Figure(figsize=(3.6, 3), dpi=200)
     axes = figure.add_subplot(xlabel="z[0]", ylabel=f"z[{z.shape[1] - 1}]", aspect="equal")
     points = axes.scatter(*z[:, [0, -1]].T.cpu(), c=labels.cpu() % 10, s=1, cmap="tab10", vmin=0,
                           vmax=9)
@@ -404,7 +404,7 @@ def save_scatter(path, z, labels):
     axes.plot(sigma * angle.cos(), sigma * angle.sin(), "k", linewidth=1)  # [200, 3]
     axes.locator_params(nbins=5)
     axes.legend(*points.legend_elements(num=None), loc="center left", bbox_to_anchor=(1, 0.5))
-    save(path, figure.savefig)
+    save(path, lambda file: figure.savefig(file, bbox_inches="tight"))  # or the labels are cut
 
 
 def save_curves(path, rows, columns, ylabel, x="epoch"):
