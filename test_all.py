@@ -1297,7 +1297,6 @@ class Readme(TemporaryFolder):
         # These stand in for what takes minutes or a network.
         self.succeed(vae, *short_argv(vae, 1, "--z-dim", 2, "--out-dir", "runs/vae-z2"))
         write_folder("gpt2", byte_tokenizer(special=["<|endoftext|>"]), vocab_size=257)
-        patch(vae, "main").start()
         patch(common, "read_dataset", lambda *_: ("glyphs", *render_glyphs())).start()
         exec(notebook, {})
         exec(class_conditional.replace("60_000", "64"), {})
