@@ -443,7 +443,7 @@ class Images(TemporaryFolder):
 
     def test_own_pictures_are_read_in_colour_and_labelled_by_their_folders(self):
         write_pictures("photos")
-        args, splits = load("--dataset", "photos", "--image-size", 16)
+        _, splits = load("--dataset", "photos", "--image-size", 16)
         for (images, labels), n in zip(splits, (32, 4, 4), strict=True):
             self.assertEqual(images.shape, (n, 3, 16, 16))
             # 5 * i in the lower half; odd i lie in the second folder.
@@ -870,7 +870,7 @@ SHORT = {vae: IMAGES, aae: IMAGES, gpt: "train --text text.txt --n-layer 2 --n-e
 
 
 def write_text():
-    """Write text.txt: 5,000 characters in groups of three, which a model learns in a few steps"""
+    """Write text.txt, 5,000 characters in threes, which a model learns in a few steps. -> it"""
     text = "".join(random.Random(0).choices(["abc", " de", "fg\n", "gab"], k=1667))[:5000]
     Path("text.txt").write_text(text, newline="")
     return text
@@ -1298,8 +1298,9 @@ class Readme(TemporaryFolder):
         self.succeed(vae, *short_argv(vae, 1, "--z-dim", 2, "--out-dir", "runs/vae-z2"))
         write_folder("gpt2", byte_tokenizer(special=["<|endoftext|>"]), vocab_size=257)
         patch(common, "read_dataset", lambda *_: ("glyphs", *render_glyphs())).start()
-        exec(notebook, {})
-        exec(class_conditional.replace("60_000", "64"), {})
+        names = {}
+        exec(notebook + class_conditional.replace("60_000", "64"), names)
+        self.assertEqual((len(names["idx"]), names["digits"].shape), (1, (10, 1, 28, 28)))
 
 
 # -- The benchmark ----------------------------------------------------------------------------
